@@ -1,0 +1,41 @@
+"""The tested pieces behind the course: import this at work the next day.
+
+`import helpers` is instant. A module loads when you first touch it
+(`helpers.lora`), and torch and friends load when a function needs them.
+"""
+
+import importlib
+
+__all__ = [
+    "attention",
+    "batches",
+    "chat",
+    "data",
+    "doctor",
+    "evaluation",
+    "exercises",
+    "floats",
+    "generation",
+    "gguf",
+    "lora",
+    "memory",
+    "models",
+    "notebooks",
+    "plots",
+    "quantization",
+    "runtime",
+    "serving",
+    "speed",
+    "training",
+    "widgets",
+]
+
+
+def __getattr__(name):
+    if name in __all__:
+        return importlib.import_module(f"helpers.{name}")
+    raise AttributeError(f"module 'helpers' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

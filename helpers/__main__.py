@@ -1,0 +1,58 @@
+"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`."""
+
+import argparse
+import subprocess
+import sys
+
+from helpers import notebooks
+
+
+def main(arguments=None):
+    """Parse and run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers", description="The course's commands."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="execute chapters in a fresh kernel each")
+    run.add_argument("chapters", nargs="+", metavar="CHAPTER", help="Chapter0, B, all, …")
+    run.add_argument(
+        "--write", action="store_true", help="also refresh the stored notebook in place"
+    )
+
+    lab = commands.add_parser("lab", help="open the course in JupyterLab")
+    lab.add_argument("--port", type=int, default=8888)
+
+    options = parser.parse_args(arguments)
+    return {"run": _run, "lab": _lab}[options.command](options)
+
+
+def _run(options):
+    chapters = notebooks.written() if options.chapters == ["all"] else options.chapters
+    for chapter in chapters:
+        try:
+            path = notebooks.find(chapter)
+            summary = notebooks.output_folder(path) / "summary.txt"
+            summary.unlink(missing_ok=True)  # an old run's word would be a lie
+            executed = notebooks.run(chapter, write=options.write)
+        except (notebooks.NotebookError, ValueError) as error:
+            print(f"\n{error}", file=sys.stderr)
+            return 1
+        print(f"\n{path.stem} ran; the executed copy is {_short(executed)}")
+        if summary.is_file():
+            print(f"\n{summary.read_text(encoding='utf-8').rstrip()}")
+    return 0
+
+
+def _short(path):
+    return path.relative_to(notebooks.root())
+
+
+def _lab(options):
+    command = [sys.executable, "-m", "jupyterlab", "--ip", "127.0.0.1"]
+    command += ["--port", str(options.port)]
+    return subprocess.call(command, cwd=notebooks.root())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Explorers: change a choice and see the picture move, with a still one as fall-back.
+
+`explore` puts two things into one output: a live widget for a running kernel, and the
+picture of the starting values. Where widgets do not live (GitHub, a printout, a stored
+notebook) the picture is what remains.
+"""
+
+import html
+
+
+def explore(draw, **controls):
+    """Show `draw(**values)` under a control for each value (all chapters).
+
+    draw: returns a matplotlib Figure or an object with `_repr_html_`.
+    controls: by name, a bool (checkbox), a list (drop-down), a text (text area), or
+        `(low, high, step)` / `(low, high, step, start)` (slider). Without a start value a
+        slider begins at `low` and a list at its first entry.
+    Displays itself and returns nothing. Raises TypeError for any other kind of control.
+    """
+    from IPython.display import display
+
+    values = {name: _start(name, control) for name, control in controls.items()}
+    bundle = _still(draw(**values))
+    live = _live(draw, controls)
+    if live is not None:
+        bundle["application/vnd.jupyter.widget-view+json"] = {
+            "version_major": 2,
+            "version_minor": 0,
+            "model_id": live.model_id,
+        }
+    display(bundle, raw=True)
+
+
+def _start(name, control):
+    if isinstance(control, bool | str):
+        return control
+    if isinstance(control, list) and control:
+        return control[0]
+    if isinstance(control, tuple) and len(control) in (3, 4):
+        return control[3] if len(control) == 4 else control[0]
+    raise TypeError(
+        f"{name} must be a bool, a text, a list of choices, or (low, high, step[, start]), "
+        f"not {control!r}"
+    )
+
+
+def _still(drawing):
+    """The MIME bundle of one drawing, without widgets."""
+    if hasattr(drawing, "_repr_html_"):
+        markup = drawing._repr_html_()
+        return {"text/plain": str(drawing), "text/html": markup}
+    import base64
+
+    png = base64.b64encode(_png(drawing)).decode()
+    return {"text/plain": "(a figure)", "image/png": png}
+
+
+def _png(figure):
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _live(draw, controls):
+    """The widget, or None where there is no ipywidgets or no kernel to keep it alive."""
+    try:
+        import ipywidgets
+        from IPython import get_ipython
+    except ImportError:
+        return None
+    if get_ipython() is None or not hasattr(get_ipython(), "kernel"):
+        return None
+    made = {name: _control(ipywidgets, name, control) for name, control in controls.items()}
+    picture = ipywidgets.HTML()
+
+    def redraw(_=None):
+        try:
+            bundle = _still(draw(**{name: control.value for name, control in made.items()}))
+        except ValueError as error:  # a half-typed text or an impossible combination
+            picture.value = f"<p style='color:#D55E00'>{html.escape(str(error))}</p>"
+            return
+        image = bundle.get("image/png")
+        picture.value = (
+            bundle.get("text/html") or f"<img src='data:image/png;base64,{image}'>"
+        )
+
+    for control in made.values():
+        control.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([*made.values(), picture])
+
+
+def _control(ipywidgets, name, control):
+    label = name.replace("_", " ")
+    style = {"description_width": "140px"}
+    wide = ipywidgets.Layout(width="480px")
+    start = _start(name, control)
+    if isinstance(control, bool):
+        return ipywidgets.Checkbox(value=start, description=label)
+    if isinstance(control, str):
+        area = ipywidgets.Layout(width="98%", height="120px")
+        return ipywidgets.Textarea(value=start, description=label, style=style, layout=area)
+    if isinstance(control, list):
+        return ipywidgets.Dropdown(
+            options=control, value=start, description=label, style=style, layout=wide
+        )
+    low, high, step = control[:3]
+    whole = all(isinstance(number, int) for number in (low, high, step))
+    slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    return slider(
+        value=start,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        continuous_update=False,
+        style=style,
+        layout=wide,
+    )
