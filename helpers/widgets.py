@@ -119,3 +119,27 @@ def _control(ipywidgets, name, control):
         style=style,
         layout=wide,
     )
+
+
+def attention_heads(heads, *, layer=0, head=0):
+    """Leaf through the heads that `attention.read_heads` found (Chapter 1)."""
+    layers, per_layer = heads.weights.shape[:2]
+    explore(heads.plot, layer=(0, layers - 1, 1, layer), head=(0, per_layer - 1, 1, head))
+
+
+def moving_query(keys, values, labels, *, unit="", angle=45, length=3.0):
+    """Turn and stretch a query among 2-D keys and watch what it takes (Chapter 1).
+
+    keys, values, labels: as `attention.plot_lookup` takes them; angle in degrees,
+    counter-clockwise from the first feature's axis.
+    """
+    import math
+
+    from helpers.attention import plot_lookup
+
+    def draw(angle, length):
+        turned = math.radians(angle)
+        query = [length * math.cos(turned), length * math.sin(turned)]
+        return plot_lookup(query, keys, values, labels, unit=unit)
+
+    explore(draw, angle=(0, 360, 5, angle), length=(0.0, 10.0, 0.5, length))
