@@ -143,3 +143,76 @@ def moving_query(keys, values, labels, *, unit="", angle=45, length=3.0):
         return plot_lookup(query, keys, values, labels, unit=unit)
 
     explore(draw, angle=(0, 360, 5, angle), length=(0.0, 10.0, 0.5, length))
+
+
+def bit_explorer(number=0.1, kind="fp16"):
+    """Toggle a bit, see the number; change the format, see what survives (Appendix B)."""
+    from IPython.display import display
+
+    from helpers import floats
+
+    start = floats.encode(number, kind)
+    bundle = _still(start)
+    if _live(lambda: start, {}) is not None:
+        bundle["application/vnd.jupyter.widget-view+json"] = {
+            "version_major": 2,
+            "version_minor": 0,
+            "model_id": _bit_panel(floats, start).model_id,
+        }
+    display(bundle, raw=True)
+
+
+def _bit_panel(floats, start):
+    """A format, a number, one button per bit, and the picture that follows all three."""
+    import ipywidgets
+
+    kind = ipywidgets.Dropdown(options=list(floats.FORMATS), value=start.kind)
+    number = ipywidgets.Text(value=str(start.value), continuous_update=False)
+    buttons = ipywidgets.HBox(layout=ipywidgets.Layout(flex_flow="row wrap"))
+    picture = ipywidgets.HTML()
+    styles = {"sign": "", "exponent": "warning", "mantissa": "info", "value": "info"}
+
+    def button(digit, field):
+        narrow = ipywidgets.Layout(width="24px", padding="0", margin="1px")
+        made = ipywidgets.ToggleButton(value=digit == "1", description=digit, layout=narrow)
+        made.button_style = styles[field]
+        made.observe(toggled, names="value")
+        return made
+
+    def spell(bits):
+        buttons.children = [
+            button(digit, field) for field, text in bits.groups.items() for digit in text
+        ]
+        picture.value = bits._repr_html_()
+
+    def toggled(_):
+        for one in buttons.children:
+            one.description = str(int(one.value))
+        digits = "".join(one.description for one in buttons.children)
+        picture.value = floats.decode(digits, kind.value)._repr_html_()
+        number.unobserve(typed, names="value")  # the bits speak now: do not round again
+        number.value = str(floats.decode(digits, kind.value).value)
+        number.observe(typed, names="value")
+
+    def typed(_):
+        try:
+            spell(floats.encode(float(number.value), kind.value))
+        except ValueError as error:  # a half-typed number, or a NaN that fp4 cannot hold
+            picture.value = f"<p style='color:#D55E00'>{html.escape(str(error))}</p>"
+
+    kind.observe(typed, names="value")
+    number.observe(typed, names="value")
+    spell(start)
+    return ipywidgets.VBox([ipywidgets.HBox([kind, number]), buttons, picture])
+
+
+def explore_quantization(weights):
+    """Bits, scheme and grouping of linear quantization, on any weights (Chapter 2)."""
+    from helpers import quantization
+
+    def draw(bits, scheme, per):
+        quantized = quantization.quantize_linear(weights, bits, scheme=scheme, per=per)
+        return quantization.error_report(weights, quantized).plot()
+
+    schemes, groups = list(quantization.SCHEMES), list(quantization.GROUPS)
+    explore(draw, bits=(2, 8, 1, 4), scheme=schemes, per=groups)
