@@ -295,7 +295,12 @@ def draw(*kinds, limit=None):
         for small, color in ((False, "blue"), (True, "orange")):
             shown = numbers[(abs(numbers) < smallest) == small]
             ax.vlines(shown, 0, 1, color=plots.COLORS[color], linewidth=1)
-        ax.set(yticks=[0.5], yticklabels=[kind], ylim=(0, 1.1), xlim=(-reach, reach))
+        ax.set(
+            yticks=[0.5],
+            yticklabels=[kind],
+            ylim=(0, 1.1),
+            xlim=(-1.02 * reach, 1.02 * reach),
+        )
         ax.grid(visible=False)
     axes[-1, 0].set_xlabel("number")
     return fig

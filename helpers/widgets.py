@@ -198,6 +198,7 @@ def _bit_panel(floats, start):
         try:
             spell(floats.encode(float(number.value), kind.value))
         except ValueError as error:  # a half-typed number, or a NaN that fp4 cannot hold
+            buttons.children = ()
             picture.value = f"<p style='color:#D55E00'>{html.escape(str(error))}</p>"
 
     kind.observe(typed, names="value")

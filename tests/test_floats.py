@@ -331,3 +331,46 @@ def test_number_lines_have_a_tick_per_number():
     assert lines == [15, 256]
     normal, subnormal = floats.draw("fp8_e5m2", limit=2**-14).axes[0].collections
     assert len(normal.get_segments()) == 2 and len(subnormal.get_segments()) == 7
+
+
+def explorer():
+    """The live panel's parts, as a reader's clicks reach them."""
+    from helpers import widgets
+
+    panel = widgets._bit_panel(floats, floats.encode(1, "fp16"))
+    (kind, number), (buttons, picture) = panel.children[0].children, panel.children[1:]
+    return kind, number, buttons, picture
+
+
+def test_explorer_toggles_bits():
+    _, number, buttons, picture = explorer()
+    assert "".join(b.description for b in buttons.children) == "0011110000000000"
+    buttons.children[0].value = True
+    assert number.value == "-1.0" and floats.encode(-1, "fp16").formula in picture.value
+    buttons.children[-1].value = True
+    assert number.value == str(-1 - 2**-10)
+
+
+def test_explorer_follows_numbers_and_formats():
+    kind, number, buttons, picture = explorer()
+    number.value = "0.1"
+    assert floats.encode(0.1, "fp16").formula in picture.value
+    kind.value = "bf16"
+    assert (
+        "".join(b.description for b in buttons.children) == floats.encode(0.1, "bf16").bits
+    )
+    number.value = "nan"
+    kind.value = "fp4_e2m1"
+    assert "no pattern for it" in picture.value
+    number.value = "six"
+    assert "six" in picture.value
+
+
+def test_explorer_leaves_a_still_picture_without_a_kernel(capsys):
+    from IPython.utils.capture import capture_output
+
+    from helpers import widgets
+
+    with capture_output() as captured:
+        widgets.bit_explorer(0.1, "bf16")
+    assert "bf16 (normal)" in captured.stdout
