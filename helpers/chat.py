@@ -7,6 +7,17 @@ training; `chatml_template` is a template that marks what the assistant says;
 
 import re
 
+from helpers.xray import MaskView, Problem, mask_view
+
+__all__ = [
+    "MaskView",
+    "Problem",
+    "chatml_template",
+    "mask_view",
+    "prepare_model",
+    "prepare_tokenizer",
+]
+
 # Where a padding token may come from, best first, matched against names of special
 # tokens the chat does not use: made for padding, kept in reserve, or left over from
 # pre-training on code, where they stood between files and never inside a chat.
