@@ -163,7 +163,7 @@ def _check_to_bf16(answer):
     right = floats.encode_array(floats.decode_array(patterns, "fp32"), "bf16")
     if np.array_equal(given, right):
         return (
-            "This is what processors do: add just under a half, and one more where the last "
+            "This is what processors do: add just under a half, and one more if the last "
             "bit kept is odd. A carry runs into the exponent by itself."
         )
     if np.array_equal(given, patterns >> 16):
