@@ -119,7 +119,7 @@ def _check_break_even(answer):
     number, exact = _number(answer), 576 * 1536 / (576 + 1536)
     if number == math.floor(exact):
         return (
-            "Far above any rank in use: at r = 16, the adapter has about 4 % of the layer's "
+            "Far above any rank in use: at r = 16, an adapter has about 4 % of the layer's "
             "weights. For a square layer, break-even is at half its width."
         )
     if number == math.ceil(exact):
