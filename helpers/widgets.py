@@ -124,7 +124,18 @@ def _control(ipywidgets, name, control):
 def attention_heads(heads, *, layer=0, head=0):
     """Leaf through the heads that `attention.read_heads` found (Chapter 1)."""
     layers, per_layer = heads.weights.shape[:2]
-    explore(heads.plot, layer=(0, layers - 1, 1, layer), head=(0, per_layer - 1, 1, head))
+
+    def draw(layer, head):
+        return _png_only(heads.plot(layer, head))
+
+    explore(draw, layer=(0, layers - 1, 1, layer), head=(0, per_layer - 1, 1, head))
+
+
+def _png_only(figure):
+    """A figure without its `_repr_html_`, which would answer None here."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(savefig=figure.savefig)
 
 
 def moving_query(keys, values, labels, *, unit="", angle=45, length=3.0):
@@ -140,7 +151,7 @@ def moving_query(keys, values, labels, *, unit="", angle=45, length=3.0):
     def draw(angle, length):
         turned = math.radians(angle)
         query = [length * math.cos(turned), length * math.sin(turned)]
-        return plot_lookup(query, keys, values, labels, unit=unit)
+        return _png_only(plot_lookup(query, keys, values, labels, unit=unit))
 
     explore(draw, angle=(0, 360, 5, angle), length=(0.0, 10.0, 0.5, length))
 
