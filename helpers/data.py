@@ -1,0 +1,166 @@
+"""The Yoda sentences, their two splits, and the forms TRL eats (Chapters 0 and 4).
+
+The packaged rows were written for this course; `helpers/yoda/README.md` has the grammar
+they follow: one cut, the back part first. The book's own set stays one argument away.
+"""
+
+import hashlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+
+SPLITS = ("train", "test")
+FORMS = ("prompt_completion", "messages", "columns")
+COLUMNS = ("sentence", "translation", "translation_extra")
+HUB_NAME = "dvgodoy/yoda_sentences"  # the book's set: 720 rows, one split
+
+INTERJECTIONS = (
+    "Yes, hrrrm.",
+    "Hmm.",
+    "Herh herh herh.",
+    "Yrsssss.",
+    "Mmm, yes.",
+)
+
+# A stranded "it's" or "I'll" cannot end an English sentence, so Yoda says both words. Only
+# forms with one reading are listed: "he'd" is "he had" or "he would", and stays as it is.
+CONTRACTIONS = {"i'm": "i am"} | {
+    f"{word}'{short}": f"{word} {full}"
+    for group, short, full in (
+        ("you we they", "re", "are"),
+        ("i you he she it we they there", "ll", "will"),
+        ("i you we they", "ve", "have"),
+        ("he she it that there what where who", "s", "is"),
+    )
+    for word in group.split()
+}
+
+# Looser than INTERJECTIONS on purpose: a model that hums one r too many still hums.
+_SOUND = r"\b(?:yes|h+r*m+|m{2,}|he+r?h|y+r*s{2,})\b"
+_HUMMING = re.compile(rf"(?<=[.!?])\s+(?:{_SOUND}[\s,.!?]*)+$", re.IGNORECASE)
+_PUNCTUATION = re.compile(r"[^\w\s'-]|(?<!\w)['-]|['-](?!\w)")
+
+
+# ── scoring helpers ──────────────────────────────────────────────────────────────────────
+def strip_interjections(text):
+    """Return `text` without the humming and chuckling after its last sentence (Chapter 0).
+
+    Sounds like those of INTERJECTIONS go, however long they are drawn out; a word that is
+    part of the sentence ("Say yes, you must.") stays.
+    """
+    return _HUMMING.sub("", text.strip())
+
+
+def words(text):
+    """Split `text` into lower-case words without punctuation, for scoring (Chapter 0).
+
+    Apostrophes and hyphens inside a word stay ("don't", "captain's"); the pronoun forms in
+    CONTRACTIONS are spelled out, so that "it's cold" and "cold, it is" have equal words.
+    """
+    text = text.lower().replace("\u2019", "'")
+    spelled = (CONTRACTIONS.get(w, w) for w in _PUNCTUATION.sub(" ", text).split())
+    return " ".join(spelled).split()
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────
+def load_yoda(split="train", *, interjections=True, form="prompt_completion", source=None):
+    """Load English sentences with their Yoda translations as a `datasets.Dataset`.
+
+    split: 'train' or 'test'. form: 'prompt_completion' (columns prompt and completion, each
+    a list with one message), 'messages' (one column, a user and an assistant message) or
+    'columns' (sentence, translation, translation_extra and, where there is one, kind).
+    interjections: the assistant says translation_extra, which hums at the end of some rows,
+    instead of translation; 'columns' always has both.
+    source: None for the packaged rows; 'hub' for the book's `dvgodoy/yoda_sentences`; or a
+    path to JSON lines with those columns. The last two come without a split, so about one
+    row in six, chosen by a hash of its sentence, is held out as 'test'.
+
+    Raises ValueError for an unknown split or form and for a file that is missing, empty or
+    malformed; ConnectionError where the Hub cannot be reached. Introduced in Chapter 0.
+    """
+    _check_choice("split", split, SPLITS)
+    _check_choice("form", form, FORMS)
+    if source is None:
+        text = resources.files("helpers").joinpath("yoda", f"{split}.jsonl")
+        rows = _parse(text.read_text(encoding="utf-8"), f"the packaged {split} split")
+    else:
+        everything = _hub_rows() if source == "hub" else _file_rows(source)
+        rows = [r for r in everything if _held_out(r["sentence"]) == (split == "test")]
+        if not rows:
+            raise ValueError(
+                f"source={str(source)!r} has {len(everything)} rows and none of them falls "
+                f"into split={split!r} (one in six is held out); give more rows"
+            )
+
+    from datasets import Dataset
+
+    if form == "columns":
+        return Dataset.from_list(rows)
+    answer = "translation_extra" if interjections else "translation"
+    return Dataset.from_list([_messages(r["sentence"], r[answer], form) for r in rows])
+
+
+def _messages(sentence, translation, form):
+    user = {"role": "user", "content": sentence}
+    assistant = {"role": "assistant", "content": translation}
+    if form == "messages":
+        return {"messages": [user, assistant]}
+    return {"prompt": [user], "completion": [assistant]}
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def _held_out(sentence):
+    """Decide by the words alone, so that order, reruns and duplicates change nothing."""
+    digest = hashlib.sha256(" ".join(words(sentence)).encode()).digest()
+    return digest[0] % 6 == 0
+
+
+def _parse(text, where):
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}, line {number}: not JSON ({error})") from error
+        texts = row if isinstance(row, dict) else {}
+        missing = [c for c in COLUMNS if not isinstance(texts.get(c), str)]
+        if missing:
+            raise ValueError(
+                f"{where}, line {number}: no text in {', '.join(missing)}; every line is "
+                f"an object with the columns {', '.join(COLUMNS)}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{where} has no rows")
+    return rows
+
+
+def _file_rows(source):
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"source={source!r} cannot be read ({error}); give None for the packaged rows, "
+            "'hub' for the book's set, or the path of a JSON-lines file"
+        ) from error
+    return _parse(text, f"source={str(source)!r}")
+
+
+def _hub_rows():
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(HUB_NAME, split="train").select_columns(COLUMNS).to_list()
+    except Exception as error:  # what a missing network raises differs by layer and version
+        raise ConnectionError(
+            f"source='hub': {HUB_NAME} could not be loaded "
+            f"({type(error).__name__}: {error}); without the Hub use source=None, the "
+            "packaged sentences"
+        ) from error
