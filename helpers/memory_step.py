@@ -1,0 +1,406 @@
+"""From a recipe to the log of its training step: build the model on fakes, run one step, count (Chapter 5)."""
+
+import contextlib
+import copy
+import logging
+import types
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from helpers import memory_profiles as profiles
+from helpers.memory_trace import Ledger, Trace, patched, rounded
+
+SHORT = 4  # layers in a short trace: first, two to compare, last
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices of a run, checked; see `memory.estimate_training` for their meaning."""
+
+    quantization: str | None = None
+    double_quantization: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    lora: object = None
+    optimizer: str = "adamw_torch_fused"
+    batch_size: int = 1
+    sequence_length: int = 512
+    gradient_checkpointing: bool = True
+    attention: str = "sdpa"
+    mixed_precision: torch.dtype | None = None
+    gradient_accumulation: bool = False
+    packing: bool = False
+    stack: str = "current"
+    prepare_kbit: bool = False
+    loss: str = (
+        "fused"  # 'fused': trl's head; 'logits': the model's own loss over all logits
+    )
+    kernels: str = (
+        "cuda"  # 'cpu': what this machine's kernels keep, for comparing with a real CPU run
+    )
+
+
+def refuse(config):
+    """Raise ValueError for what this module cannot model honestly: better no number than a wrong one."""
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(config, "model_type", type(config).__name__)
+    reason = None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder; only decoder-only (causal) language models are traced"
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        reason = "transformers has no causal language model for it"
+    elif any(
+        (getattr(config, name, None) or 0) > 1
+        for name in (
+            "num_local_experts",
+            "num_experts",
+            "n_routed_experts",
+            "moe_num_experts",
+        )
+    ):
+        reason = (
+            "it is a mixture of experts, whose buffers depend on where tokens are routed"
+        )
+    elif (
+        hasattr(config, "state_size")
+        or hasattr(config, "mamba_d_state")
+        or any(
+            name in ("linear_attention", "mamba", "conv")
+            for name in getattr(config, "layer_types", None) or ()
+        )
+    ):
+        reason = "its recurrent layers run CUDA kernels that have no CPU twin to trace"
+    elif kind in ("bert", "roberta", "electra") and not getattr(
+        config, "is_decoder", False
+    ):
+        reason = "it is an encoder"
+    if reason:
+        raise ValueError(
+            f"model: cannot predict {kind!r}: {reason}. Dense causal models work: Llama, Mistral, Phi, Qwen, Gemma, "
+            "OPT, Falcon, GPT-2, SmolLM and their kin."
+        )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No warnings and no log lines about a model that exists only for a moment."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "bitsandbytes")]
+    disabled = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+            for logger, was in zip(loggers, disabled, strict=True):
+                logger.disabled = was
+
+
+def build(config, recipe):
+    """The model of `config` as the recipe trains it (quantized stand-ins, adapters, checkpointing), on torch's current device."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager" if recipe.attention == "eager" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=recipe.dtype)
+    if hasattr(config, "layerdrop"):
+        config.layerdrop = 0.0
+        for module in model.modules():
+            if hasattr(module, "layerdrop"):
+                module.layerdrop = 0.0  # skipping layers at random has no peak to predict
+    if recipe.quantization:
+        profiles.quantize_linears(
+            model,
+            recipe.quantization,
+            recipe.double_quantization,
+            recipe.dtype,
+            recipe.stack,
+        )
+        model.requires_grad_(False)
+        if recipe.prepare_kbit:
+            for parameter in model.parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+    if recipe.lora is not None:
+        model = _with_adapters(model, recipe)
+    if recipe.gradient_checkpointing:
+        # backward() runs without function modes, so the recomputation brings its own
+        again = kernels_of(recipe)
+        options = {
+            "use_reentrant": False,
+            "context_fn": lambda: (contextlib.nullcontext(), again()),
+        }
+        model.gradient_checkpointing_enable(options)
+        if recipe.lora is not None:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+def kernels_of(recipe):
+    """A function that makes the context in which the recipe's operators run."""
+    if recipe.kernels == "cpu":
+        return contextlib.nullcontext
+    flash_dtype = recipe.dtype if recipe.attention == "flash_attention_2" else None
+    return lambda: profiles.CudaKernels(recipe.mixed_precision is not None, flash_dtype)
+
+
+def _with_adapters(model, recipe):
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    lora = copy.deepcopy(recipe.lora)
+    if isinstance(lora, int):
+        known = model.config.model_type in KNOWN
+        # The book's adapters drop 5 % of their inputs, and a dropout mask is a byte per number.
+        dropout = 0.05 if recipe.stack == "book" else 0.0
+        targets = None if known else "all-linear"
+        lora = LoraConfig(r=lora, lora_dropout=dropout, target_modules=targets)
+    model = get_peft_model(model, lora)
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, profiles.QuantizedLinear) and not getattr(
+            module, "lora_variant", {}
+        ):
+            module.forward = types.MethodType(profiles.quantized_lora_forward, module)
+    if recipe.quantization and recipe.stack == "current":  # trl 1.16
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _to_fakes(model):
+    """Replace every meta tensor by a fake one on the CPU; tensors that were shared stay shared. Call under a FakeTensorMode."""
+    memo = {}
+
+    def fake(tensor):
+        if id(tensor) not in memo:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = (new, tensor)
+        return memo[id(tensor)][0]
+
+    for module in model.modules():
+        for store in (module._parameters, module._buffers, module.__dict__):
+            for name, value in list(store.items()):
+                if isinstance(value, torch.Tensor):
+                    store[name] = fake(value)
+    return model
+
+
+def decoder_layers(model, count):
+    """The ModuleList of the decoder's layers."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"no list of {count} layers found in {type(model).__name__}")
+
+
+def _watch_layers(layers, ledger):
+    """Mark where each layer's forward and backward begin; hooks stay outside the checkpointed part."""
+
+    def hook(index):
+        def before(module, inputs):
+            ledger.mark(("forward", index))
+
+        def after(module, inputs, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: ledger.mark(("backward", index)))
+
+        return before, after
+
+    for index, layer in enumerate(layers):
+        before, after = hook(index)
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+
+def _adopt_model(model, ledger, middle, extra):
+    """Enter weights, adapters and buffers; tensors of the repeated layer count once per repetition."""
+    seen = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        storage = tensor.untyped_storage()._cdata
+        if storage in seen:
+            continue
+        seen.add(storage)
+        adapter = "lora_" in name or "modules_to_save" in name
+        category = "adapters" if adapter else "weights"
+        ledger.adopt(tensor, category)
+        if id(tensor) in middle:
+            size = rounded(tensor.untyped_storage().nbytes())
+            for _ in range(extra):
+                ledger.enter(size, category)
+
+
+def _inputs(model, recipe):
+    rows, length = recipe.batch_size, recipe.sequence_length
+    flat = (
+        recipe.packing and recipe.stack == "current"
+    )  # trl's packing is padding-free: one long row
+    shape = (1, rows * length) if flat else (rows, length)
+    ids = torch.zeros(shape, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": torch.zeros(shape, dtype=torch.long)}
+    if flat:
+        batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    else:
+        # Without padding transformers drops the mask; its bytes are in the batch all the same.
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    return batch
+
+
+def _loss(model, batch, recipe, ledger):
+    """Forward pass and loss as the recipe's stack computes it; whatever else is returned stays alive for the step."""
+    batch = {k: v for k, v in batch.items() if k != "attention_mask"}
+    if recipe.attention == "flash_attention_2":
+        batch.pop("position_ids", None)  # variable-length kernels need no mask
+    autocast = contextlib.nullcontext()
+    if recipe.mixed_precision:
+        autocast = torch.autocast("cpu", dtype=recipe.mixed_precision)
+    with autocast:
+        if recipe.loss == "fused":
+            return profiles.fused_loss(
+                model, batch, recipe.mixed_precision, lambda: ledger.phase("loss", "logits")
+            )
+        keep_cache = recipe.stack == "book" and not recipe.gradient_checkpointing
+        output = model(**batch, use_cache=keep_cache)
+    if recipe.mixed_precision:  # accelerate's convert_outputs_to_fp32
+        output["logits"] = output["logits"].float()
+    return output["loss"], output
+
+
+def trace(config, recipe, layers=None):
+    """Run one step of `recipe` on fakes and return its Trace (Chapter 5).
+
+    layers: trace only this many decoder layers and stretch the log to the config's own number; None traces all.
+    A short trace whose middle layers differ is thrown away for a full one.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import masking_utils
+
+    total = config.num_hidden_layers
+    short = layers is not None and layers < total
+    config = copy.deepcopy(config)
+    if short:
+        config.num_hidden_layers = layers
+    ledger = Ledger()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.enable_grad())
+        with torch.device("meta"):
+            model = build(config, recipe)
+        if not recipe.packing or recipe.attention == "flash_attention_2":
+            stack.enter_context(
+                patched(masking_utils, "find_packed_sequence_indices", lambda *a, **k: None)
+            )
+        if recipe.stack == "book":
+            stack.enter_context(_book(model))
+        stack.enter_context(FakeTensorMode())
+        _to_fakes(model)
+        batch = _inputs(model, recipe)
+        stack.enter_context(kernels_of(recipe)())
+        stack.enter_context(ledger)
+        _run(model, batch, recipe, ledger, layers if short else None, total)
+    result = Trace(ledger.events, ledger.marks)
+    if short:
+        return result.stretch(layers, total) or trace(config_with(config, total), recipe)
+    return result
+
+
+def config_with(config, layers):
+    """A copy of a config with another number of decoder layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    return config
+
+
+@contextlib.contextmanager
+def _book(model):
+    """What transformers 4.46 did otherwise: the loss, and OPT's eager attention."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.loss_function = profiles.book_loss(base.config.model_type)
+    with contextlib.ExitStack() as stack:
+        if base.config.model_type == "opt":
+            from transformers.models.opt import modeling_opt
+
+            stack.enter_context(
+                patched(
+                    modeling_opt, "eager_attention_forward", profiles.book_opt_attention
+                )
+            )
+        yield
+
+
+def _run(model, batch, recipe, ledger, layers, total):
+    """One step. Steady state for `current`: optimizer states (and accumulated gradients) exist when it begins."""
+    count = layers or total
+    extra = total - count
+    blocks = decoder_layers(model, count)
+    middle = (
+        {id(t) for t in [*blocks[1].parameters(), *blocks[1].buffers()]} if extra else set()
+    )
+    ledger.phase("weights", "activations")
+    _adopt_model(model, ledger, middle, extra)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    times = [1 + extra * (id(p) in middle) for p in trained]
+    sizes = [
+        (p.numel(), p.element_size())
+        for p, n in zip(trained, times, strict=True)
+        for _ in range(n)
+    ]
+    states, temporaries = profiles.optimizer_bytes(recipe.optimizer, sizes)
+    if recipe.kernels == "cpu" and recipe.optimizer == "adamw_torch":
+        states += [4] * len(sizes)  # on a CPU run its step counters are CPU tensors too
+    steady = recipe.stack == "current"
+    if steady:
+        for size in states:
+            ledger.enter(rounded(size), "optimizer")
+    if steady and recipe.gradient_accumulation:
+        for parameter, n in zip(trained, times, strict=True):
+            parameter.grad = torch.zeros_like(parameter)
+            ledger.adopt(parameter.grad, "gradients")
+            for _ in range(n - 1):
+                ledger.enter(
+                    rounded(parameter.grad.untyped_storage().nbytes()), "gradients"
+                )
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: ledger.adopt(p.grad, "gradients")
+        )
+    for tensor in batch.values():
+        ledger.adopt(tensor, "activations")
+    _watch_layers(blocks, ledger)
+    if recipe.loss != "fused":
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda *_: ledger.phase("loss", "logits"))
+
+    ledger.phase("forward", "activations")
+    if recipe.kernels == "cuda":
+        ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
+    loss, alive = _loss(model, batch, recipe, ledger)
+    if steady:
+        alive = None  # the trainer's compute_loss has returned; the book's loop still holds its outputs
+    ledger.phase("backward", "temporaries")
+    if recipe.kernels == "cuda":
+        ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
+    loss.backward()
+    if steady or not recipe.gradient_accumulation:
+        ledger.phase("optimizer", "temporaries")
+        if not steady:
+            for size in states:
+                ledger.enter(rounded(size), "optimizer")
+        for size in temporaries:
+            ledger.enter(rounded(size), "temporaries")
+    ledger.mark("end")
+    del alive
+
+
+def step_log(config, recipe, layers=None):
+    """(Trace with the card's block sizes, bytes its allocator reserves) of one step; see `trace` for `layers`."""
+    return trace(config, recipe, layers).on_card()
