@@ -288,6 +288,25 @@ def test_clauses_move_whole_from_their_conjunction():
         assert len(back.split()) >= 2
 
 
+def test_rules_that_come_first_leave_nothing_for_later_kinds():
+    always_a_clause = vocabulary("because when while if although unless whenever wherever")
+    for row in ALL:
+        found = set(data.words(row["sentence"]))
+        if row["kind"] not in ("clauses", "question", "wh"):
+            assert not always_a_clause & found, row["sentence"]
+        if row["kind"] in ("svo", "adverbial", "copula", "there", "modal", "negation"):
+            assert not {"never", "always"} & found, row["sentence"]
+            assert "n't" not in row["sentence"], row["sentence"]
+        if row["kind"] in ("svo", "adverbial", "copula", "modal"):
+            assert not {"not", "cannot"} & found, row["sentence"]
+
+
+def test_the_readme_counts_what_is_there():
+    readme = resources.files("helpers").joinpath("yoda", "README.md").read_text()
+    train, test = (len(ROWS[split]) for split in data.SPLITS)
+    assert f"{train:,} training and {test} test sentences" in readme
+
+
 def test_infinitives_move_whole_from_their_to():
     for row, front, back in of_kind("infinitive"):
         assert back.split()[0] == "to" and "to" not in front.split(), row["sentence"]
