@@ -201,13 +201,14 @@ class Bits(float):
 
     def _repr_html_(self):
         names, digits = "", ""
-        cell = "<td style='text-align:center;padding:1px 5px;border:1px solid white;"
+        cell = "<td style='text-align:center;padding:1px 4px;border:1px solid white;"
         for name, text in self.groups.items():
             color = f"background:{plots.COLORS[FIELD_COLORS[name]]}40;color:#222'"
             names += f"{cell}{color} colspan='{len(text)}'>{name}</td>"
-            digits += "".join(f"{cell}{color}><code>{digit}</code></td>" for digit in text)
+            digits += "".join(f"{cell}{color}>{digit}</td>" for digit in text)
         return (
-            f"<table style='margin:4px 0'><tr><td><b>{self.kind}</b></td>{names}</tr>"
+            f"<table style='margin:4px 0;font-family:monospace'>"
+            f"<tr><td><b>{self.kind}</b></td>{names}</tr>"
             f"<tr><td>{self.category}</td>{digits}</tr></table>"
             f"<code>{self.formula}</code>"
         )
@@ -278,7 +279,7 @@ def values(kind):
     if _format(kind).bits > 16:
         raise ValueError(f"kind={kind!r} has 2^32 patterns; choose one of at most 16 bits")
     numbers = decode_array(np.arange(2 ** FORMATS[kind].bits), kind)
-    return np.unique(numbers[np.isfinite(numbers)])
+    return np.unique(numbers[np.isfinite(numbers)]) + 0.0  # of both zeros, the plain one
 
 
 def draw(*kinds, limit=None):
