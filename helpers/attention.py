@@ -329,9 +329,10 @@ def plot_lookup(query, keys, values, labels, *, unit=""):
     weights = attention_weights(query[None], keys)[0]
     fig, (plane, bars) = plots.figure(1, 2, width=8.5, height=3.4, width_ratios=(1, 1.3))
     limit = 1.3 * max(1.0, keys.abs().max().item(), query.abs().max().item())
-    for (x, y), label in zip(keys.tolist(), labels, strict=True):
-        _arrow(plane, x, y, plots.COLORS["gray"])
-        plane.annotate(label, (x * 1.15, y * 1.15), ha="center", va="center")
+    for key, label in zip(keys, labels, strict=True):
+        _arrow(plane, *key.tolist(), plots.COLORS["gray"])
+        beyond = key + 0.14 * limit * key / key.norm().clamp(min=1e-6)
+        plane.annotate(label, beyond.tolist(), ha="center", va="center")
     _arrow(plane, *query.tolist(), plots.COLORS["blue"])
     plane.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     plane.set(xlabel="feature 1", ylabel="feature 2", title="query (blue) and keys (gray)")

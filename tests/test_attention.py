@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import attention
+from helpers import attention, models
 from helpers.attention import (
     MultiHeadAttention,
     attention_weights,
@@ -307,6 +307,19 @@ def test_read_heads_equals_the_models_own_weights(family):
     assert heads.weights.shape == own.shape == (2, 4, 10, 10)
     torch.testing.assert_close(heads.weights, own, **CLOSE)
     assert heads.weights.std() > 0.05  # not a comparison of two uniform distributions
+
+
+def test_read_heads_of_the_embedded_model():
+    model = models.load_model(models.EMBEDDED, dtype="float32", attention="eager").eval()
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    text = "The birch canoe slid on the smooth planks."
+    heads = read_heads(model, tokenizer, text)
+    with torch.no_grad():
+        inputs = tokenizer(text, return_tensors="pt")
+        own = torch.cat(model(**inputs, output_attentions=True).attentions)
+    assert heads.weights.shape == (30, 9, 10, 10)
+    assert heads.tokens[:2] == ["The", " birch"]
+    torch.testing.assert_close(heads.weights, own, **CLOSE)
 
 
 def test_read_heads_needs_no_eager_kernel_and_leaves_no_hooks():
