@@ -6,6 +6,7 @@ it, what opens a question. Nothing here knows a template by name.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,19 @@ def squeeze(data):
     return b"".join(data.split())
 
 
+@cache
+def _alphabet():
+    """The characters that byte-level tokenizers write for bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {char: byte for byte, char in bytes_to_unicode().items()}
+
+
 def token_bytes(tokenizer, ids, fenced=False):
     """The bytes of each token. Fenced: special tokens stand between bytes no text has,
     so that a text which merely spells `<|im_end|>` is not taken for the token."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     added = tokenizer.added_tokens_decoder
-    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    byte_of = _alphabet()
     byte_level = tokenizer.convert_tokens_to_ids("Ġ") not in {None, tokenizer.unk_token_id}
     pieces = []
     for index, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):

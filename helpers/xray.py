@@ -66,14 +66,16 @@ def _examine(anatomy, tokenizer, tokens, pieces, report):
     shared = tokenizer.pad_token_id == eos
     why = " pad_token is eos_token: whoever masked padding masked it too." if shared else ""
 
-    if bos is not None and [t.id for t in tokens[:2]] == [bos, bos]:
-        fence = b"\xfe" + tokenizer.bos_token.encode() + b"\xff"
-        if not anatomy.opening.startswith(fence * 2):
+    if bos is not None:
+        mark, own = b"\xfe" + tokenizer.bos_token.encode() + b"\xff", 1
+        while anatomy.opening.startswith(mark * (own + 1)):
+            own += 1
+        if [token.id for token in tokens[: own + 1]] == [bos] * (own + 1):
             report(
                 "double_bos",
                 row,
-                f"starts with {tokenizer.bos_token!r} twice: the template wrote one and "
-                "the tokenizer added another. Tokenize with add_special_tokens=False.",
+                f"starts with one {tokenizer.bos_token!r} too many: the template wrote it, "
+                "and the tokenizer added another. Tokenize with add_special_tokens=False.",
             )
     if not any(token.trained for token in tokens):
         report("nothing_trained", row, "has no label at all: it teaches nothing.")
