@@ -361,8 +361,10 @@ def merge_error(model, into=("nf4", "bfloat16", "float16", "float32")):
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or not len(layer.lora_A):
             continue
-        if layer.merged or layer.lora_variant:
-            state = "merged already" if layer.merged else "a variant such as DoRA"
+        if layer.merged or layer.lora_variant or _is_repacked(layer.get_base_layer()):
+            state = "repacked for CPU inference (see check_training)"
+            state = "a variant such as DoRA" if layer.lora_variant else state
+            state = "merged already" if layer.merged else state
             raise ValueError(f"{name} is {state}; merge_error needs unmerged, plain LoRA")
         weight = dequantize_module_weight(layer.get_base_layer()).float()
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
@@ -442,7 +444,8 @@ def check_training(model, optimizer=None):
     model: plain, quantized, or with adapters of PEFT or of this module. optimizer: give it
     to have its parameters compared with the model's. Returns a `TrainingCheck` whose
     problems have the codes 'nothing_trainable', 'adapter_frozen', 'adapter_inactive',
-    'adapter_merged', 'base_trainable', 'norms_half_precision', 'optimizer_misses'.
+    'adapter_merged', 'base_trainable', 'norms_half_precision', 'no_gradient_path',
+    'optimizer_misses'.
     It looks at flags and dtypes and runs nothing. Raises TypeError for what is no model.
     """
     modules = _named_modules(model)
@@ -473,6 +476,13 @@ def check_training(model, optimizer=None):
             "prepare_model_for_kbit_training(model) before attaching the adapter."
         )
         problems.append(Problem("norms_half_precision", message))
+    if packed := [name for name, module in modules.items() if _is_repacked(module)]:
+        message = (
+            f"{len(packed)} 4-bit layers ran in eval mode on this CPU, where bitsandbytes "
+            f"repacks them for good and without gradients, such as {packed[0]}: load the "
+            "model again and call model.train() before its first forward pass."
+        )
+        problems.append(Problem("no_gradient_path", message))
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missed := [name for key, name in trainable.items() if key not in held]:
@@ -485,6 +495,16 @@ def check_training(model, optimizer=None):
 
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def _is_repacked(module):
+    """True for a 4-bit layer in bitsandbytes' inference format for AVX512-BF16 CPUs.
+
+    Its first forward in eval mode converts it there and back comes nothing: the kernel has
+    no autograd, and whoever dequantizes the weight reads it in the wrong order.
+    """
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return getattr(state, "packing_format_for_cpu", False)
 
 
 def _adapter_parts(model):

@@ -603,6 +603,27 @@ def test_what_the_check_catches_really_does_not_learn(tmp_path):
     assert check_training(idle).ok and change(idle) > 1e-4
 
 
+def test_check_sees_4_bit_layers_repacked_for_inference():
+    """bitsandbytes does it at the first eval-mode forward on CPUs with AVX512-BF16."""
+    model, ids = attached(prepared(quantized_tiny())), torch.arange(1, 9).reshape(1, -1)
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    layers = [layer for layer in layers if hasattr(layer, "support_avx512bf16_for_cpu")]
+    with torch.no_grad():
+        model.train()(input_ids=ids)
+    assert check_training(model).ok
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    if layers[0].support_avx512bf16_for_cpu:
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        first = next(p for n, p in model.named_parameters() if "lora_B" in n)
+        assert first.grad is None or not first.grad.any()  # the alarm is right
+    else:
+        layers[0].weight.quant_state.packing_format_for_cpu = True
+    assert check_training(model).codes == ["no_gradient_path"]
+    with pytest.raises(ValueError, match="repacked for CPU inference"):
+        lora.merge_error(model)
+
+
 def test_check_compares_the_optimizer():
     model = tiny()
     early = torch.optim.AdamW(model.parameters(), lr=1e-3)
