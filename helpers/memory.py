@@ -8,24 +8,13 @@ import copy
 import functools
 import json
 import math
-import re
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
-GIB = 2**30
-GPUS = {
-    "T4": 15 * GIB,  # of 16, what the driver leaves
-    "RTX 3060": 12 * GIB,
-    "RTX 4090": 24 * GIB,
-    "A100 40GB": 40 * GIB,
-    "A100 80GB": 80 * GIB,
-    "H100 80GB": 80 * GIB,
-}
-CONTEXT = (
-    0.25e9,
-    0.5e9,
-)  # the CUDA context on recent stacks, outside every allocator counter
+from helpers.memory_report import GIB, GPUS, PHASES, MemoryEstimate, parse_size  # noqa: F401
+
 QUANTIZATIONS = (None, "int8", "fp4", "nf4")
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -187,7 +176,7 @@ def load_config(model):
     if path.suffix == ".json" and path.is_file():
         return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, local_files_only=not _hub_answers(model))
     except (OSError, ValueError) as error:
         import difflib
 
@@ -198,6 +187,13 @@ def load_config(model):
             f"model={str(model)!r} is not in the catalogue and no config was found at that path or on the Hub; "
             f"known names like it: {hint} (memory.catalogue() lists all)"
         ) from error
+
+
+def _hub_answers(name):
+    """Whether asking the Hub makes sense: a Hub id has a slash, and a dead network costs half a minute."""
+    from helpers import runtime
+
+    return "/" in str(name) and not runtime.detect().offline
 
 
 # ------------------------------------------------------------------ the estimate
@@ -218,6 +214,13 @@ def _estimate(name, config, recipe):
         short = None if _irregular(config, recipe.lora) else memory_step.SHORT
         try:
             _CACHE[key] = memory_step.step_log(config, recipe, short)
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            raise ValueError(
+                f"attention={recipe.attention!r} is not offered by {config.model_type!r} in "
+                "transformers; use attention='eager'"
+            ) from error
         except (
             RuntimeError,
             TypeError,
@@ -251,188 +254,297 @@ def _irregular(config, lora):
     return any(getattr(lora, name, None) for name in names)
 
 
-PHASES = ("forward", "loss", "backward", "optimizer")
+def find_largest(model, gpu, *, vary="sequence_length", **choices):
+    """The longest sequence (or, with `vary="batch_size"`, largest batch) that fits a card (Chapter 5).
 
-
-def parse_size(size):
-    """Bytes from a number, a text like '16GiB' or '24GB', or the name of a card in `GPUS`."""
-    if isinstance(size, bool) or not isinstance(size, int | float | str):
-        raise TypeError(
-            f"gpu must be a card's name, a size like '16GiB', or bytes, not {size!r}"
-        )
-    if not isinstance(size, str):
-        return int(size)
-    wanted = re.sub(r"[^a-z0-9]", "", size.lower())
-    for name, capacity in GPUS.items():
-        known = re.sub(r"[^a-z0-9]", "", name.lower())
-        if wanted in (known, known.removesuffix("gb"), known.removeprefix("rtx")):
-            return capacity
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", size.lower())
-    if not found or not found[1].strip("."):
-        raise ValueError(
-            f"gpu={size!r} is neither a size like '16GiB' nor one of {', '.join(GPUS)}"
-        )
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " kmgt".index(found[2] or " "))
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """A predicted training step: how many bytes at the peak, when, and what they are (Chapter 5).
-
-    peak_bytes: what `max_memory_allocated` would say. parts: {category: bytes} at that moment, adding up to it.
-    peak_instant: 'forward', 'loss', 'backward' or 'optimizer'; instants: the peak of each. reserved_bytes: what the
-    caching allocator holds. margin: (low, high) bytes on top of the peak for that and the CUDA context.
+    gpu: as `MemoryEstimate.fits`. Sequences are multiples of 64 up to the model's positions, batches at most 1,024.
+    choices: as `estimate_training`. Returns a MemoryEstimate; raises ValueError when even the smallest does not fit.
     """
+    _one_of("vary", vary, ("sequence_length", "batch_size"))
+    unit, most = (
+        (64, load_config(model).max_position_embeddings) if vary[0] == "s" else (1, 1024)
+    )
 
-    name: str
-    peak_bytes: int
-    parts: dict
-    peak_instant: str
-    instants: dict
-    reserved_bytes: int
-    trace: object
-    recipe: object
+    def attempt(units):
+        return estimate_training(model, **choices | {vary: units * unit})
 
-    @property
-    def margin(self):
-        """(low, high) bytes beyond the peak: CUDA context, and blocks the allocator holds but nobody uses."""
-        slack = max(0, self.reserved_bytes - self.peak_bytes)
-        return int(CONTEXT[0] + slack / 2), int(CONTEXT[1] + slack)
-
-    def fits(self, gpu):
-        """Whether the peak and the whole margin fit a card ('T4', 'A100 80GB', '16GiB', or bytes)."""
-        return self.peak_bytes + self.margin[1] + _hopper(gpu) <= parse_size(gpu)
-
-    def verdict(self, gpu):
-        """'fits', 'tight' (only with a small context and no fragmentation) or 'no'."""
-        if self.fits(gpu):
-            return "fits"
-        return (
-            "tight"
-            if self.peak_bytes + self.margin[0] + _hopper(gpu) <= parse_size(gpu)
-            else "no"
+    low, best = 1, attempt(1)
+    if not best.fits(gpu):
+        raise ValueError(
+            f"gpu={gpu!r}: not even {vary}={unit} fits ({best.peak_bytes / GIB:.2f} GiB and the margin); "
+            "quantize, lower the rank, or turn gradient checkpointing on"
         )
+    high = 2
+    while high * unit <= most and (found := attempt(high)).fits(gpu):
+        low, best, high = high, found, high * 2
+    high = min(high, most // unit + 1)
+    while high - low > max(1, low // 32):
+        middle = (low + high) // 2
+        if (found := attempt(middle)).fits(gpu):
+            low, best = middle, found
+        else:
+            high = middle
+    return best
 
-    def table(self):
-        """The parts as a table: MB (1e6 bytes) and share of the peak, largest first."""
-        import pandas as pd
 
-        parts = sorted(self.parts.items(), key=lambda item: -item[1])
-        rows = [(name, size / 1e6, size / self.peak_bytes) for name, size in parts]
-        return pd.DataFrame(rows, columns=["part", "MB", "share"]).set_index("part")
+# ------------------------------------------------------------------ measuring, and formulas
+class Measurement:
+    """What a block of code took at its peak: `peak_bytes`, and on CUDA `reserved_bytes` and `driver_bytes` apart."""
+
+    def __init__(self, device):
+        self.device, self.peak_bytes = device, 0
+        self.reserved_bytes = self.driver_bytes = None
 
     def __str__(self):
-        lines = [
-            f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB in the {self.peak_instant} pass"
-            if self.peak_instant in ("forward", "backward")
-            else f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB at the {self.peak_instant}",
-            f"margin for CUDA context and fragmentation: {_span(self.margin)}",
-        ]
-        lines += [
-            f"  {n:<12} {r.MB:>10,.1f} MB  {r.share:>6.1%}"
-            for n, r in self.table().iterrows()
-        ]
-        lines.append("  ".join(f"{gpu}: {self.verdict(gpu)}" for gpu in GPUS))
-        return "\n".join(lines)
-
-    def _repr_html_(self):
-        colors = _colors()
-        bars = "".join(
-            f'<span title="{name}: {row.MB:,.0f} MB" style="display:inline-block;height:18px;'
-            f'width:{100 * row.share:.2f}%;background:{colors[name]}"></span>'
-            for name, row in self.table().iterrows()
-        )
-        rows = "".join(
-            f'<tr><td><span style="color:{colors[name]}">&#9632;</span> {name}</td>'
-            f"<td>{row.MB:,.1f}</td><td>{row.share:.1%}</td></tr>"
-            for name, row in self.table().iterrows()
-        )
-        signs = {"fits": "&#10003; fits", "tight": "&#8776; tight", "no": "&#10007; no"}
-        cards = "".join(
-            f"<tr><td>{gpu}</td><td>{signs[self.verdict(gpu)]}</td></tr>" for gpu in GPUS
-        )
+        text = f"peak {self.peak_bytes / 1e6:,.1f} MB of tensors on {self.device}"
+        if self.reserved_bytes is None:
+            return text
         return (
-            f"<b>{self.name}</b>: peak <b>{self.peak_bytes / GIB:.2f} GiB</b> ({self.peak_instant}), plus "
-            f'{_span(self.margin)} for the CUDA context and fragmentation<div style="max-width:640px">{bars}</div>'
-            '<div style="display:flex;gap:2em"><table><tr><th>part</th><th>MB</th><th>share</th></tr>'
-            f"{rows}</table><table><tr><th>card</th><th></th></tr>{cards}</table></div>"
+            f"{text}, {self.reserved_bytes / 1e6:,.1f} MB reserved by the allocator, "
+            f"{self.driver_bytes / 1e6:,.1f} MB in use according to the driver"
         )
 
-    def plot(self, gpu=None):
-        """Draw the parts as one stacked bar and the step's timeline, against a card's line; returns the Figure."""
-        from helpers import plots
 
-        fig, (left, right) = plots.figure(
-            1, 2, width=9.5, height=3.6, width_ratios=[1, 2.2], sharey=True
-        )
-        bottom, colors = 0, _colors()
-        for name, row in self.table().iterrows():
-            height = row.MB * 1e6 / GIB
-            left.bar([0], [height], 0.6, bottom=bottom, color=colors[name], label=name)
-            bottom += height
-        left.set(
-            xticks=[], xlim=(-0.5, 1.9), ylabel="GiB (2**30 bytes)", title="at the peak"
-        )
-        handles, labels = left.get_legend_handles_labels()
-        left.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=8)
-        samples = self.trace.timeline()
-        x, y = zip(*samples, strict=True)
-        right.fill_between(
-            x, [v / GIB for v in y], step="post", color=plots.COLORS["sky"], alpha=0.7
-        )
-        marks = [(position, name) for position, name in self.trace.marks if name in PHASES]
-        for position, name in marks:
-            right.axvline(
-                position, color=plots.COLORS["gray"], linewidth=0.8, linestyle=":"
-            )
-            right.annotate(
-                name,
-                (position, 0),
-                (2, 4),
-                textcoords="offset points",
-                fontsize=8,
-                rotation=90,
-            )
-        right.set(xlabel="allocations and frees, in order", title="one training step")
-        right.set_xlim(
-            max(0, marks[0][0] - len(self.trace.events) // 20) if marks else 0,
-            len(self.trace.events),
-        )
-        if gpu is not None:
-            capacity = parse_size(gpu) / GIB
-            for axis in (left, right):
-                axis.axhline(capacity, color=plots.COLORS["red"], linewidth=1.5)
-            label = gpu if isinstance(gpu, str) else f"{capacity:.1f} GiB"
-            right.annotate(label, (1, capacity), (-4, -12), xycoords=("axes fraction", "data"),
-                           textcoords="offset points", ha="right", color=plots.COLORS["red"])  # fmt: skip
-        return fig
+@contextmanager
+def measure(device=None):
+    """Measure the peak memory of the block (Chapter 5): `with memory.measure() as m: ...`, then `m.peak_bytes`.
+
+    On CUDA: the allocator's `max_memory_allocated` after emptying its cache, with reserved and driver figures apart.
+    On the CPU: the bytes of every tensor the block makes or uses, exactly, by following each operator; tensors of
+    other devices and NumPy arrays do not count. device: 'cuda' or 'cpu'; None takes CUDA where there is a card.
+    """
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    result = Measurement(device.type)
+    if device.type == "cuda":
+        import gc
+
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            yield result
+        finally:
+            torch.cuda.synchronize(device)
+            result.peak_bytes = torch.cuda.max_memory_allocated(device)
+            result.reserved_bytes = torch.cuda.max_memory_reserved(device)
+            free, total = torch.cuda.mem_get_info(device)
+            result.driver_bytes = total - free
+        return
+    from helpers.memory_trace import Ledger
+
+    ledger = Ledger(unit=1, inputs=True)
+    try:
+        with ledger:
+            yield result
+    finally:
+        result.peak_bytes = ledger.peak
 
 
-def _span(margin):
-    return f"{margin[0] / GIB:.2f} to {margin[1] / GIB:.2f} GiB"
+NAPKIN_LEAVES_OUT = (
+    "logits and the loss's copies of them",
+    "temporary copies at the optimizer's step and in dequantization",
+    "the inputs that adapters keep",
+    "what the libraries' versions do differently",
+    "cuBLAS's workspace and the allocator's rounding",
+)
 
 
-def _hopper(gpu):
-    from helpers.memory_profiles import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER
+def napkin(
+    model,
+    *,
+    quantization=None,
+    dtype="bfloat16",
+    lora=None,
+    optimizer="adamw_torch_fused",
+    batch_size=1,
+    sequence_length=512,
+    gradient_checkpointing=True,
+    attention="sdpa",
+    **ignored,
+):
+    """The chapter's closed formulas: {part: bytes} and 'total' (Chapter 5; Korthikanti et al. 2022 for activations).
 
-    hopper = isinstance(gpu, str) and gpu.lower().startswith("h100")
-    return 2 * (CUBLAS_WORKSPACE_HOPPER - CUBLAS_WORKSPACE) if hopper else 0
-
-
-def _colors():
-    from helpers.plots import COLORS
-
-    order = {
-        "weights": "gray",
-        "adapters": "blue",
-        "gradients": "orange",
-        "optimizer": "purple",
+    Parameters 12 L h^2 + V h; activations 34 s b h per layer, plus 5 heads s^2 b with eager attention; with
+    checkpointing 2 s b h per layer and one layer in full. `NAPKIN_LEAVES_OUT` says what is missing.
+    """
+    config = load_config(model)
+    layers, h, heads = (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+    )
+    width = 4 if str(dtype).endswith(("32", "float")) else 2
+    parameters = 12 * layers * h**2 + config.vocab_size * h
+    stored = {None: width, "int8": 1, "fp4": 0.5, "nf4": 0.5}[quantization]
+    rank = lora if lora is None or isinstance(lora, int) else lora.r
+    trained = parameters if rank is None else 4 * layers * rank * h
+    tokens = batch_size * sequence_length
+    layer = 34 * tokens * h + (
+        5 * heads * sequence_length * tokens if attention == "eager" else 0
+    )
+    activations = (
+        layer + 2 * tokens * h * layers if gradient_checkpointing else layer * layers
+    )
+    state = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0}.get(optimizer, 2 * width)
+    parts = {
+        "weights": int(parameters * stored),
+        "adapters": 0 if rank is None else trained * width,
+        "gradients": trained * width,
+        "optimizer": 0 if optimizer.startswith("paged") else trained * state,
+        "activations": activations * width // 2,
     }
-    order |= {
-        "activations": "sky",
-        "logits": "green",
-        "temporaries": "red",
-        "workspace": "yellow",
+    return parts | {"total": sum(parts.values())}
+
+
+def _rules(config, choices):
+    """Three formulas in common use, in bytes; each from the number of parameters, two without looking at the run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    h, layers = config.hidden_size, config.num_hidden_layers
+    trained = count if choices.get("lora") is None else 4 * layers * choices["lora"] * h
+    tokens = choices.get("batch_size", 1) * choices.get("sequence_length", 512)
+    score = 5 * config.num_attention_heads * choices.get("sequence_length", 512) / h
+    per_token = 2 if choices.get("gradient_checkpointing", True) else 34 + score
+    full = str(choices.get("dtype", "bfloat16")).endswith("32")
+    return {
+        # accelerate/commands/estimate.py: float32 Adam 4x the float32 model, 16-bit 2x
+        "accelerate estimate-memory": 4 * count * (4 if full else 2),
+        # ZeRO (Rajbhandari et al. 2020): 2 + 2 + 12 bytes per trained parameter
+        "16 bytes per parameter": 2 * (count - trained) * (trained != count) + 16 * trained,
+        # Transformer Math 101 (EleutherAI 2023): the same model states, and activations
+        "Transformer Math 101": 2 * (count - trained) * (trained != count)
+        + 16 * trained
+        + tokens * h * layers * per_token,
     }
-    return {name: COLORS[color] for name, color in order.items()}
+
+
+def compare_formulas(cells):
+    """Our prediction beside the napkin and three formulas in use, against measurements (Chapter 5).
+
+    cells: list of (model, choices of `estimate_training`, measured bytes). Returns a table with one row per formula:
+    median and worst error, and the share of cells within 10 %.
+    """
+    import pandas as pd
+
+    errors = {}
+    for model, choices, measured in cells:
+        config = load_config(model)
+        predictions = {
+            "traced": estimate_training(model, **choices).peak_bytes,
+            "napkin": napkin(model, **choices)["total"],
+        } | _rules(config, choices)
+        for name, value in predictions.items():
+            errors.setdefault(name, []).append(value / measured - 1)
+    table = pd.DataFrame(errors).T
+    return pd.DataFrame(
+        {
+            "median error": table.abs().median(axis=1),
+            "worst error": table.abs().max(axis=1),
+            "within 10 %": (table.abs() <= 0.1).mean(axis=1),
+        }
+    )
+
+
+def book_cells():
+    """The 48 published cells of the book's Table 5.2 as (model, choices, measured bytes), for `stack="book"`.
+
+    OPT-350M, 16-bit, one sequence of 500 tokens, `max_memory_allocated` on an RTX 4090. Inferred settings: float16
+    throughout, LoRA of rank 16, the 8-bit optimizer paged, a plain loop that takes one step.
+    """
+    import csv
+
+    text = resources.files("helpers").joinpath("memory_book_table.csv").read_text("utf-8")
+    cells = []
+    for row in csv.DictReader(text.splitlines()):
+        choices = {
+            "dtype": "float16",
+            "sequence_length": 500,
+            "stack": "book",
+            "gradient_checkpointing": row["gradient_checkpointing"] == "yes",
+            "lora": 16 if row["lora"] == "yes" else None,
+            "optimizer": {"adam": "adamw_torch", "adam8bit": "paged_adamw_8bit"}[
+                row["optimizer"]
+            ],
+            "gradient_accumulation": row["gradient_accumulation"] == "yes",
+            "attention": row["attention"],
+        }
+        cells.append(("facebook/opt-350m", choices, int(row["peak_mb"]) * 10**6))
+    return cells
+
+
+# ------------------------------------------------------------------ python -m helpers plan
+def add_arguments(parser):
+    """Declare the options of `python -m helpers plan` on an argparse parser."""
+    parser.add_argument("--model", help="a catalogue name, a config file or a Hub id")
+    parser.add_argument(
+        "--list", action="store_true", help="list the models whose configs are built in"
+    )
+    parser.add_argument("--quantization", choices=["int8", "fp4", "nf4"])
+    parser.add_argument(
+        "--rank", type=int, help="LoRA rank; without it every weight is trained"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--mixed-precision", choices=["bf16", "fp16"])
+    parser.add_argument("--optimizer", default="adamw_torch_fused")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--attention", default="sdpa", choices=ATTENTIONS)
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="keep all activations"
+    )
+    parser.add_argument("--accumulate", action="store_true", help="gradient accumulation")
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--stack", default="current", choices=["current", "book"])
+    parser.add_argument(
+        "--fit", metavar="CARD", help="search for the longest that fits: T4, 16GiB, …"
+    )
+    parser.add_argument(
+        "--vary", default="sequence_length", choices=["sequence_length", "batch_size"]
+    )
+
+
+def main(options):
+    """Run `python -m helpers plan` with parsed options; prints the answer and returns the exit status."""
+    import sys
+
+    if options.list:
+        print(catalogue().drop(columns="source").to_string())
+        return 0
+    if not options.model:
+        print("plan needs --model NAME (see plan --list)", file=sys.stderr)
+        return 2
+    choices = {
+        "quantization": options.quantization,
+        "lora": options.rank,
+        "dtype": options.dtype,
+        "mixed_precision": options.mixed_precision,
+        "optimizer": options.optimizer,
+        "batch_size": options.batch_size,
+        "sequence_length": options.sequence_length,
+        "attention": options.attention,
+        "gradient_checkpointing": not options.no_checkpointing,
+        "gradient_accumulation": options.accumulate,
+        "packing": options.packing,
+        "stack": options.stack,
+    }
+    try:
+        if options.fit:
+            estimate = find_largest(
+                options.model, options.fit, vary=options.vary, **choices
+            )
+            print(
+                f"{options.fit}: largest {options.vary} is {getattr(estimate.recipe, options.vary):,}"
+            )
+        else:
+            estimate = estimate_training(options.model, **choices)
+    except (ValueError, TypeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(estimate)
+    return 0

@@ -196,57 +196,45 @@ class _MatMul8bit(torch.autograd.Function):
         book = layer.stack == "book"
         half = flat.to(torch.float16)
         row_stats = x.new_empty(tokens, dtype=torch.float32)
-        kept = None
-        if book:
+        if book:  # a row-wise and a column-wise copy; one counter per tile to find outliers
             column_stats = x.new_empty(inputs, dtype=torch.float32)
-            tiles = rounded(tokens, 16) * (-(-inputs // 256)) + 1
-            counts = x.new_empty(tiles, dtype=torch.int32)
-            kept = half.new_empty(half.shape, dtype=torch.int8), column_stats
+            tiles = rounded(tokens, 16) * -(-inputs // 256) + 1
+            outliers = x.new_empty(tiles, dtype=torch.int32)
+            ctx.kept = half.new_empty(half.shape, dtype=torch.int8), column_stats
         else:
-            counts = half.abs() >= 6.0
+            outliers = half.abs() >= 6.0
         codes = half.new_empty(half.shape, dtype=torch.int8)
-        del counts, half
-        if book:
-            layout = x.new_empty(rounded(tokens, 32), rounded(inputs, 32), dtype=torch.int8)
+        del half, outliers
+        tiled = codes.new_empty(tokens, rounded(inputs, 32)) if book else None
         product = x.new_empty(tokens, layer.out_features, dtype=torch.int32)
         output = x.new_empty(product.shape, dtype=torch.float16)
-        if book:
-            del layout
-            if bias is not None and bias.dtype == torch.float16:
-                bias = None  # fused into the kernel
-        elif bias is not None and bias.dtype != torch.float16:
-            output.add_(bias)
-        del codes
+        output = output.to(x.dtype)
+        ctx.layer, ctx.input = layer, flat
         if not book:
             del product
-        output = output.to(x.dtype)
-        if book and bias is not None:
-            output.add_(bias)
-        ctx.layer, ctx.kept, ctx.input, ctx.row_stats = layer, kept, flat, None
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        del row_stats
         output = output.view(*x.shape[:-1], layer.out_features)
-        return output.clone() if book and x.dim() == 3 else output
+        output = output.clone() if book and x.dim() == 3 else output
+        del codes, tiled, row_stats  # 0.44 holds these, and the int32 product, until here
+        return output
 
     @staticmethod
     def backward(ctx, grad):
-        layer = ctx.layer
+        layer, held = ctx.layer, None
+        dtype, shape = ctx.input.dtype, (*grad.shape[:-1], layer.in_features)
         grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-        extra = None
-        if layer.stack == "book":  # quantizes the gradient whether or not it is used
+        codes = layer.weight
+        if (
+            layer.stack == "book"
+        ):  # quantizes the gradient, used or not; undoes the Ampere tiling
             half = grad.to(torch.float16)
-            extra = [grad.new_empty(grad.shape, dtype=torch.int8) for _ in range(2)]
+            held = [half.new_empty(half.shape, dtype=torch.int8) for _ in range(2)]
             del half
-            codes = layer.weight.new_empty(
-                layer.weight.shape
-            )  # undo_layout: gather, then permute
-            codes = codes.clone()
-        else:
-            codes = layer.weight
-        weight = codes.to(ctx.dtype, copy=True).view(layer.out_features, layer.in_features)
+            codes = torch.empty_like(codes).clone()
+        weight = codes.to(dtype, copy=True).view(layer.out_features, layer.in_features)
+        del codes
         weight.mul_(layer.scales.unsqueeze(1).mul(1 / 127))
-        result = torch.matmul(grad.to(ctx.dtype), weight).view(ctx.shape)
-        del codes, extra
+        result = torch.matmul(grad.to(dtype), weight).view(shape)
+        del held
         return result, None, None
 
 

@@ -1,0 +1,203 @@
+"""What a prediction says: numbers, a table, two pictures, and which cards it fits (Chapter 5)."""
+
+import re
+from dataclasses import dataclass
+
+GIB = 2**30
+PHASES = ("forward", "loss", "backward", "optimizer")
+GPUS = {
+    "T4": 15 * GIB,  # of 16, what the driver leaves
+    "RTX 3060": 12 * GIB,
+    "RTX 4090": 24 * GIB,
+    "A100 40GB": 40 * GIB,
+    "A100 80GB": 80 * GIB,
+    "H100 80GB": 80 * GIB,
+}
+CONTEXT = (
+    0.25e9,
+    0.5e9,
+)  # the CUDA context on recent stacks, outside every allocator counter
+
+
+def parse_size(size):
+    """Bytes from a number, a text like '16GiB' or '24GB', or the name of a card in `GPUS`."""
+    if isinstance(size, bool) or not isinstance(size, int | float | str):
+        raise TypeError(
+            f"gpu must be a card's name, a size like '16GiB', or bytes, not {size!r}"
+        )
+    if not isinstance(size, str):
+        return int(size)
+    wanted = re.sub(r"[^a-z0-9]", "", size.lower())
+    for name, capacity in GPUS.items():
+        known = re.sub(r"[^a-z0-9]", "", name.lower())
+        if wanted in (known, known.removesuffix("gb"), known.removeprefix("rtx")):
+            return capacity
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", size.lower())
+    if not found or not found[1].strip("."):
+        raise ValueError(
+            f"gpu={size!r} is neither a size like '16GiB' nor one of {', '.join(GPUS)}"
+        )
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " kmgt".index(found[2] or " "))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A predicted training step: how many bytes at the peak, when, and what they are (Chapter 5).
+
+    peak_bytes: what `max_memory_allocated` would say. parts: {category: bytes} at that moment, adding up to it.
+    peak_instant: 'forward', 'loss', 'backward' or 'optimizer'; instants: the peak of each. reserved_bytes: what the
+    caching allocator holds. margin: (low, high) bytes on top of the peak for that and the CUDA context.
+    """
+
+    name: str
+    peak_bytes: int
+    parts: dict
+    peak_instant: str
+    instants: dict
+    reserved_bytes: int
+    trace: object
+    recipe: object
+
+    @property
+    def margin(self):
+        """(low, high) bytes beyond the peak: CUDA context, and blocks the allocator holds but nobody uses."""
+        slack = max(0, self.reserved_bytes - self.peak_bytes)
+        return int(CONTEXT[0] + slack / 2), int(CONTEXT[1] + slack)
+
+    def fits(self, gpu):
+        """Whether the peak and the whole margin fit a card ('T4', 'A100 80GB', '16GiB', or bytes)."""
+        return self.peak_bytes + self.margin[1] + _hopper(gpu) <= parse_size(gpu)
+
+    def verdict(self, gpu):
+        """'fits', 'tight' (only with a small context and no fragmentation) or 'no'."""
+        if self.fits(gpu):
+            return "fits"
+        return (
+            "tight"
+            if self.peak_bytes + self.margin[0] + _hopper(gpu) <= parse_size(gpu)
+            else "no"
+        )
+
+    def table(self):
+        """The parts as a table: MB (1e6 bytes) and share of the peak, largest first."""
+        import pandas as pd
+
+        parts = sorted(self.parts.items(), key=lambda item: -item[1])
+        rows = [(name, size / 1e6, size / self.peak_bytes) for name, size in parts]
+        return pd.DataFrame(rows, columns=["part", "MB", "share"]).set_index("part")
+
+    def __str__(self):
+        lines = [
+            f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB in the {self.peak_instant} pass"
+            if self.peak_instant in ("forward", "backward")
+            else f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB at the {self.peak_instant}",
+            f"margin for CUDA context and fragmentation: {_span(self.margin)}",
+        ]
+        lines += [
+            f"  {n:<12} {r.MB:>10,.1f} MB  {r.share:>6.1%}"
+            for n, r in self.table().iterrows()
+        ]
+        lines.append("  ".join(f"{gpu}: {self.verdict(gpu)}" for gpu in GPUS))
+        return "\n".join(lines)
+
+    def _repr_html_(self):
+        colors = _colors()
+        bars = "".join(
+            f'<span title="{name}: {row.MB:,.0f} MB" style="display:inline-block;height:18px;'
+            f'width:{100 * row.share:.2f}%;background:{colors[name]}"></span>'
+            for name, row in self.table().iterrows()
+        )
+        rows = "".join(
+            f'<tr><td><span style="color:{colors[name]}">&#9632;</span> {name}</td>'
+            f"<td>{row.MB:,.1f}</td><td>{row.share:.1%}</td></tr>"
+            for name, row in self.table().iterrows()
+        )
+        signs = {"fits": "&#10003; fits", "tight": "&#8776; tight", "no": "&#10007; no"}
+        cards = "".join(
+            f"<tr><td>{gpu}</td><td>{signs[self.verdict(gpu)]}</td></tr>" for gpu in GPUS
+        )
+        return (
+            f"<b>{self.name}</b>: peak <b>{self.peak_bytes / GIB:.2f} GiB</b> ({self.peak_instant}), plus "
+            f'{_span(self.margin)} for the CUDA context and fragmentation<div style="max-width:640px">{bars}</div>'
+            '<div style="display:flex;gap:2em"><table><tr><th>part</th><th>MB</th><th>share</th></tr>'
+            f"{rows}</table><table><tr><th>card</th><th></th></tr>{cards}</table></div>"
+        )
+
+    def plot(self, gpu=None):
+        """Draw the parts as one stacked bar and the step's timeline, against a card's line; returns the Figure."""
+        from helpers import plots
+
+        fig, (left, right) = plots.figure(
+            1, 2, width=9.5, height=3.6, width_ratios=[1, 2.2], sharey=True
+        )
+        bottom, colors = 0, _colors()
+        for name, row in self.table().iterrows():
+            height = row.MB * 1e6 / GIB
+            left.bar([0], [height], 0.6, bottom=bottom, color=colors[name], label=name)
+            bottom += height
+        left.set(
+            xticks=[], xlim=(-0.5, 1.9), ylabel="GiB (2**30 bytes)", title="at the peak"
+        )
+        handles, labels = left.get_legend_handles_labels()
+        left.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=8)
+        samples = self.trace.timeline()
+        x, y = zip(*samples, strict=True)
+        right.fill_between(
+            x, [v / GIB for v in y], step="post", color=plots.COLORS["sky"], alpha=0.7
+        )
+        marks = [(position, name) for position, name in self.trace.marks if name in PHASES]
+        for position, name in marks:
+            right.axvline(
+                position, color=plots.COLORS["gray"], linewidth=0.8, linestyle=":"
+            )
+            right.annotate(
+                name,
+                (position, 0),
+                (2, 4),
+                textcoords="offset points",
+                fontsize=8,
+                rotation=90,
+            )
+        right.set(xlabel="allocations and frees, in order", title="one training step")
+        right.set_xlim(
+            max(0, marks[0][0] - len(self.trace.events) // 20) if marks else 0,
+            len(self.trace.events),
+        )
+        if gpu is not None:
+            capacity = parse_size(gpu) / GIB
+            for axis in (left, right):
+                axis.axhline(capacity, color=plots.COLORS["red"], linewidth=1.5)
+            label = gpu if isinstance(gpu, str) else f"{capacity:.1f} GiB"
+            right.annotate(label, (1, capacity), (-4, -12), xycoords=("axes fraction", "data"),
+                           textcoords="offset points", ha="right", color=plots.COLORS["red"])  # fmt: skip
+        return fig
+
+
+def _span(margin):
+    return f"{margin[0] / GIB:.2f} to {margin[1] / GIB:.2f} GiB"
+
+
+def _hopper(gpu):
+    from helpers.memory_profiles import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER
+
+    hopper = isinstance(gpu, str) and gpu.lower().startswith("h100")
+    return 2 * (CUBLAS_WORKSPACE_HOPPER - CUBLAS_WORKSPACE) if hopper else 0
+
+
+def _colors():
+    from helpers.plots import COLORS
+
+    order = {
+        "weights": "gray",
+        "adapters": "blue",
+        "gradients": "orange",
+        "optimizer": "purple",
+    }
+    order |= {
+        "activations": "sky",
+        "logits": "green",
+        "temporaries": "red",
+        "workspace": "yellow",
+    }
+    return {name: COLORS[color] for name, color in order.items()}
