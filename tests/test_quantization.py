@@ -443,6 +443,21 @@ def test_error_report_refuses_other_shapes():
         quantization.error_report(torch.ones(4), torch.ones(5))
 
 
+def test_the_explorer_draws_every_choice(monkeypatch):
+    from matplotlib.figure import Figure
+
+    from helpers import widgets
+
+    shown = {}
+    monkeypatch.setattr(widgets, "explore", lambda draw, **c: shown.update(draw=draw, **c))
+    widgets.explore_quantization(torch.randn(8, 64))
+    low, high, _, start = shown["bits"]
+    assert low <= start <= high
+    for scheme in shown["scheme"]:
+        for per in shown["per"]:
+            assert isinstance(shown["draw"](start, scheme, per), Figure)
+
+
 # ── refusals ─────────────────────────────────────────────────────────────────────────────
 QUANTIZERS = {
     **FOUR_BIT,
