@@ -201,7 +201,7 @@ class Bits(float):
 
     def _repr_html_(self):
         names, digits = "", ""
-        cell = "<td style='text-align:center;padding:1px 4px;border:1px solid white;"
+        cell = "<td style='text-align:center;padding:1px 2px;border:1px solid white;"
         for name, text in self.groups.items():
             color = f"background:{plots.COLORS[FIELD_COLORS[name]]}40;color:#222'"
             names += f"{cell}{color} colspan='{len(text)}'>{name}</td>"
