@@ -288,8 +288,8 @@ def _quantize_4bit(weights, kind, block_size, double_quantize):
         # others; on a tie between two levels the last bit of that decides.
         absmax[-1].clamp_(min=1e-38)
         scaled[-1] = blocks[-1] / absmax[-1]
-    codes = _nearest(scaled.flatten()[:count], CODE_BOOKS[kind]())
-    codes = functional.pad(codes, (0, count % 2), value=_nearest_zero(kind)).view(-1, 2)
+    pairs = functional.pad(scaled.flatten()[:count], (0, count % 2))
+    codes = _nearest(pairs, CODE_BOOKS[kind]()).view(-1, 2)
     packed = (codes[:, :1] << 4) | codes[:, 1:]
     scales, nested_absmax, offset = absmax, None, None
     if double_quantize:
@@ -320,10 +320,6 @@ def _nearest(values, book):
     levels, order = book.to(values.device).sort(stable=True)
     place = torch.bucketize(values, (levels[:-1] + levels[1:]) / 2, out_int32=True)
     return order.to(torch.uint8)[place]
-
-
-def _nearest_zero(kind):
-    return int(_nearest(torch.zeros(1), CODE_BOOKS[kind]()))
 
 
 def bits_per_weight(shape, *, block_size=64, double_quantize=True):
@@ -379,20 +375,14 @@ class ErrorReport:
         left.hist(weights.numpy(), bins=120, color=plots.COLORS["sky"])
         levels = restored.unique()
         if len(levels) <= 256:
-            left.vlines(levels, 0, 1, color="black", lw=0.8, transform=_bottom(left))
+            bottom = left.get_xaxis_transform()  # x in weights, y in heights of the plot
+            left.vlines(levels, 0, 0.12, color="black", lw=0.8, transform=bottom)
         title = f"{len(levels):,} distinct value{'s' * (len(levels) > 1)} remain"
         left.set(title=title, xlabel="weight", ylabel="count", yscale="log")
         right.hist((restored - weights).numpy(), bins=120, color=plots.COLORS["orange"])
         title = f"RMSE {self.rmse:.3g}, SNR {self.snr:.1f} dB"
         right.set(title=title, xlabel="error", ylabel="count")
         return fig
-
-
-def _bottom(ax):
-    """Data along x, and the lowest eighth of the axes along y: for ticks under a plot."""
-    from matplotlib.transforms import Affine2D, blended_transform_factory
-
-    return blended_transform_factory(ax.transData, Affine2D().scale(1, 0.12) + ax.transAxes)
 
 
 def error_report(weights, quantized, name=None):
