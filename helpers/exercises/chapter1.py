@@ -438,7 +438,7 @@ def answer(next_logits, ids, steps, eos):
     ),
     Exercise(
         "1.8",
-        "Prompt, RAG or fine-tune?",
+        "Prompt, RAG or fine-tune",
         _check_when,
         hints=(
             "Ask of each case: is a fact missing, a behavior, or nothing?",
