@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import attention, models
+from helpers import attention, models, widgets
 from helpers.attention import (
     MultiHeadAttention,
     attention_weights,
@@ -419,3 +419,20 @@ def test_plot_lookup_shows_the_blend():
     assert widths == pytest.approx([1 / 3] * 3)
     with pytest.raises(ValueError, match=r"\(3, 2\)"):
         attention.plot_lookup([0.0, 0.0], keys[:2], [5, 12, 25], "NES")
+
+
+def test_explorers_make_pictures(monkeypatch, heads):
+    shown = []
+    monkeypatch.setattr(
+        widgets, "explore", lambda draw, **controls: shown.append((draw, controls))
+    )
+    widgets.attention_heads(heads, layer=2, head=1)
+    widgets.moving_query([[1.0, 0.0], [0.0, 1.0]], [12, 5], ["east", "north"], unit=" °C")
+    assert shown[0][1] == {"layer": (0, 2, 1, 2), "head": (0, 1, 1, 1)}
+    assert set(shown[1][1]) == {"angle", "length"}
+    for draw, controls in shown:
+        still = widgets._still(
+            draw(**{name: control[3] for name, control in controls.items()})
+        )
+        assert len(still["image/png"]) > 1000
+        assert still.get("text/html", "") is not None  # a None here breaks the notebook
