@@ -313,6 +313,8 @@ def parameter_report(model):
 
 
 def _kind(name, module):
+    if not {"lm_head", "embed_out"}.isdisjoint(name.split(".")):  # GPT-NeoX has the latter
+        return "output head"
     if isinstance(module, nn.Embedding) or "embed" in name or "token_adapter" in name:
         return "embedding"
     if _is_norm(module):
@@ -322,7 +324,7 @@ def _kind(name, module):
     feed_forward = ("mlp", "ffn", "feed_forward", "fc", "dense_", "expert")
     if any(part.startswith(feed_forward) for part in name.split(".")):
         return "feed-forward"
-    return "output head" if "head" in name or "embed_out" in name else "other"
+    return "other"
 
 
 def _is_norm(module):

@@ -357,6 +357,13 @@ def test_report_counts_each_parameter_once_and_fits_a_screen():
         lora.parameter_report({})
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_report_knows_the_kinds_of_every_architecture(kind):
+    kinds = list(lora.parameter_report(tiny(kind, tie_word_embeddings=False)).frame.index)
+    expected = ["embedding", "attention", "feed-forward", "norm", "output head"]
+    assert sorted(kinds) == sorted(expected + ["other"] * (kind == "opt"))
+
+
 def test_report_sees_through_the_packing_of_4_bit_weights():
     model = quantized_tiny()
     report = lora.parameter_report(model)

@@ -339,7 +339,7 @@ EXERCISES = [
     ),
     Exercise(
         "3.7",
-        "Why does it not learn?",
+        "A model that does not learn",
         _check_repaired,
         hints=(
             "`lora.check_training(model)` names what it sees; then find out why.",
