@@ -228,3 +228,30 @@ def explore_quantization(weights):
 
     schemes, groups = list(quantization.SCHEMES), list(quantization.GROUPS)
     explore(draw, bits=(2, 8, 1, 4), scheme=schemes, per=groups)
+
+
+def adapter_price(model, targets):
+    """Rank, alpha and target modules against parameters, file size and scaling (Chapter 3).
+
+    model: before adapters, also on the meta device. targets: {label: target_modules}.
+    """
+    from peft import LoraConfig
+
+    from helpers import lora, plots
+
+    def draw(target, rank, alpha, rslora):
+        each = lora.count_trainable(model, LoraConfig(r=1, target_modules=targets[target]))
+        fig, ax = plots.figure(width=7, height=2.4)
+        ranks = [2**power for power in range(9)]
+        ax.plot(ranks, [r * each / 1e6 for r in ranks], color=plots.COLORS["gray"])
+        ax.plot(rank, rank * each / 1e6, "o", color=plots.COLORS["blue"], markersize=9)
+        ax.set(xlabel="rank", ylabel="parameters (millions)")
+        scaling = alpha / (rank**0.5 if rslora else rank)
+        megabytes = 4 * rank * each / 1e6  # float32
+        ax.set_title(
+            f"{rank * each:,} parameters · {megabytes:.1f} MB on disk · scaling {scaling:.2f}"
+        )
+        return _png_only(fig)
+
+    ranks, alphas = (1, 256, 1, 16), (1, 512, 1, 32)
+    explore(draw, target=list(targets), rank=ranks, alpha=alphas, rslora=False)
