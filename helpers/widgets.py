@@ -249,7 +249,7 @@ def adapter_price(model, targets):
         scaling = alpha / (rank**0.5 if rslora else rank)
         megabytes = 4 * rank * each / 1e6  # float32
         ax.set_title(
-            f"{rank * each:,} parameters · {megabytes:.1f} MB on disk · scaling {scaling:.2f}"
+            f"{rank * each:,} parameters · {megabytes:.1f} MB · scaling {scaling:.2f}"
         )
         return _png_only(fig)
 
