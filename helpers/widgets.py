@@ -224,7 +224,7 @@ def explore_quantization(weights):
 
     def draw(bits, scheme, per):
         quantized = quantization.quantize_linear(weights, bits, scheme=scheme, per=per)
-        return quantization.error_report(weights, quantized).plot()
+        return _png_only(quantization.error_report(weights, quantized).plot())
 
     schemes, groups = list(quantization.SCHEMES), list(quantization.GROUPS)
     explore(draw, bits=(2, 8, 1, 4), scheme=schemes, per=groups)
@@ -255,3 +255,27 @@ def adapter_price(model, targets):
 
     ranks, alphas = (1, 256, 1, 16), (1, 512, 1, 32)
     explore(draw, target=list(targets), rank=ranks, alpha=alphas, rslora=False)
+
+
+def template_playground(tokenizer, *, messages=None, template=None):
+    """Edit messages and template; see text, tokens and mask live (Chapter 4).
+
+    messages: one per line, `role: content`. template: Jinja with generation markers.
+    """
+    from helpers import chat
+
+    def draw(messages, template):
+        turns = []
+        for line in filter(str.strip, messages.splitlines()):
+            role, colon, content = line.partition(":")
+            if not colon:
+                raise ValueError(f"write each message as `role: content`, not {line!r}")
+            turns.append({"role": role.strip(), "content": content.strip()})
+        row = chat.encode_chat(tokenizer, turns, template=template)
+        return chat.mask_view(tokenizer, row, template=template)
+
+    messages = messages or (
+        "system: You are Yoda.\nuser: The birch canoe slid on the smooth planks.\n"
+        "assistant: On the smooth planks, the birch canoe slid."
+    )
+    explore(draw, messages=messages, template=template or chat.chatml_template())

@@ -444,8 +444,6 @@ def test_error_report_refuses_other_shapes():
 
 
 def test_the_explorer_draws_every_choice(monkeypatch):
-    from matplotlib.figure import Figure
-
     from helpers import widgets
 
     shown = {}
@@ -455,7 +453,8 @@ def test_the_explorer_draws_every_choice(monkeypatch):
     assert low <= start <= high
     for scheme in shown["scheme"]:
         for per in shown["per"]:
-            assert isinstance(shown["draw"](start, scheme, per), Figure)
+            still = widgets._still(shown["draw"](start, scheme, per))
+            assert still["image/png"] and None not in still.values()
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────
