@@ -13,6 +13,7 @@ __all__ = [
     "MaskView",
     "Problem",
     "chatml_template",
+    "encode_chat",
     "mask_view",
     "prepare_model",
     "prepare_tokenizer",
@@ -222,3 +223,48 @@ def chatml_template(*, system=None):
         "{%- endif %}",
     ]
     return "\n".join(lines)
+
+
+def encode_chat(tokenizer, messages, *, template=None):
+    """A conversation as a training row: `input_ids` and `labels` (Chapter 4).
+
+    messages: dictionaries with 'role' and 'content'. template: instead of the tokenizer's.
+    Labels are -100 outside `{% generation %}` blocks.
+    Raises ValueError if there is no template, if it does not compile, if it rejects the
+    messages, or if it has no markers.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    template = template or (tokenizer.chat_template and tokenizer.get_chat_template())
+    if not template:
+        raise ValueError(
+            "tokenizer has no chat template: set tokenizer.chat_template = "
+            "chat.chatml_template(), or pass template=..."
+        )
+    if "endgeneration" not in template:
+        raise ValueError(
+            "the template has no {% generation %} markers, so it does not say what the "
+            "assistant says: use chat.chatml_template(), or the twin that "
+            "trl.chat_template_utils.get_training_chat_template knows for many models."
+        )
+    try:
+        row = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"the template does not compile: {error.message} (line {error.lineno})"
+        ) from error
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the template rejects these messages: {error}. Each message needs 'role' and "
+            "'content', and the roles and their order must be ones the template knows."
+        ) from error
+    said = zip(row["input_ids"], row["assistant_masks"], strict=True)
+    return {
+        "input_ids": list(row["input_ids"]),
+        "labels": [token if kept else -100 for token, kept in said],
+    }

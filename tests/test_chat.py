@@ -481,6 +481,16 @@ def test_control_tokens_spelled_as_text_are_no_control_tokens():
     assert "end_of_turn_not_trained" in codes(tokenizer, ids, labels)
 
 
+def test_a_mask_lost_to_an_unwritable_character_is_found():
+    """The tokenizer drops U+0016, so transformers finds no token where the answer is."""
+    tokenizer = fresh()
+    ids, mask = encode(
+        tokenizer, [CONVERSATION[0], {"role": "assistant", "content": "\x16Hm."}]
+    )
+    assert sum(mask) == 0
+    assert codes(tokenizer, ids, masked(ids, mask)) == ["nothing_trained"]
+
+
 def test_plain_text_needs_only_its_end():
     tokenizer = fresh()
     ids = tokenizer("Just a text, no chat.")["input_ids"]
@@ -597,7 +607,10 @@ FRAGMENTS = st.sampled_from(
         *("<empty_output>", "<|endoftext|>", "-100", "🙂", "\u2028", "ﬁ", "\u0301"),
     ]
 )
-CONTENT = st.lists(st.one_of(st.text(max_size=12), FRAGMENTS), max_size=4).map("".join)
+# Not control characters: this vocabulary has no bytes for some of them, and an answer that
+# begins with one loses its whole assistant mask in transformers (tested above).
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=12)
+CONTENT = st.lists(st.one_of(TEXT, FRAGMENTS), max_size=4).map("".join)
 
 
 @st.composite
