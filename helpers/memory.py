@@ -1,7 +1,9 @@
-"""Will it fit? Predict the peak GPU memory of a fine-tuning run, without a GPU and without weights (Chapter 5).
+"""Will it fit? Predict the peak GPU memory of a fine-tuning run, without a GPU and without
+weights (Chapter 5).
 
-`estimate_training` traces one real training step of the real model on tensors that have shapes but no data;
-`measure` counts the bytes of a real run the same way; `napkin` is the formula a reader derives, to see what it misses.
+`estimate_training` traces one real training step of the real model on tensors that have
+shapes but no data; `measure` counts the bytes of a real run the same way; `napkin` is the
+formula a reader derives, to see what it misses.
 """
 
 import copy
@@ -38,19 +40,24 @@ def estimate_training(
     double_quantization=True,
     prepare_kbit=None,
 ):
-    """Predict what `torch.cuda.max_memory_allocated` would say of a training run (Chapter 5).
+    """Predict what `torch.cuda.max_memory_allocated` would say of a training run (Chapter
+    5).
 
-    model: a config, a name from `catalogue()`, a path, or a Hub id. quantization: None, 'int8', 'fp4', 'nf4'.
-    dtype: of the weights. lora: None (full fine-tuning), a rank (PEFT's usual targets), or a LoraConfig.
-    optimizer: 'adamw_torch_fused', 'adamw_torch', 'sgd', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit'.
-    attention: 'eager', 'sdpa', 'flash_attention_2'. mixed_precision: None, 'bf16' or 'fp16' (autocast, as accelerate).
-    gradient_accumulation: gradients of earlier micro-batches are alive. packing: rows joined into one (trl's 'bfd').
-    stack: 'current' is a step in steady state of the installed versions with SFTTrainer's fused head; 'book' the first
-    step of trl 0.12's time in a plain loop, whose accumulating runs never reach the optimizer.
-    prepare_kbit: whether `prepare_model_for_kbit_training` ran; None: as the stack's trainer does (book yes, current no).
+    model: a config, a name from `catalogue()`, a path, or a Hub id. quantization: None,
+    'int8', 'fp4', 'nf4'. dtype: of the weights. lora: None (full fine-tuning), a rank
+    (PEFT's usual targets), or a LoraConfig. optimizer: 'adamw_torch_fused', 'adamw_torch',
+    'sgd', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit'. attention: 'eager',
+    'sdpa', 'flash_attention_2'. mixed_precision: None, 'bf16' or 'fp16' (autocast, as
+    accelerate). gradient_accumulation: gradients of earlier micro-batches are alive.
+    packing: rows joined into one (trl's 'bfd'). stack: 'current' is a step in steady state
+    of the installed versions with SFTTrainer's fused head; 'book' the first step of trl
+    0.12's time in a plain loop, whose accumulating runs never reach the optimizer.
+    prepare_kbit: whether `prepare_model_for_kbit_training` ran; None: as the stack's
+    trainer does (book yes, current no).
 
-    Returns a MemoryEstimate. Raises ValueError or TypeError for arguments outside these, and ValueError for models
-    that cannot be traced honestly (encoder-decoders, mixtures of experts, recurrent layers). No GPU, no weights.
+    Returns a MemoryEstimate. Raises ValueError or TypeError for arguments outside these,
+    and ValueError for models that cannot be traced honestly (encoder-decoders, mixtures of
+    experts, recurrent layers). No GPU, no weights.
     """
     import torch
 
@@ -75,7 +82,8 @@ def estimate_training(
         raise ValueError(f"lora must be a rank of at least 1, not {lora}")
     if quantization and lora is None:
         raise ValueError(
-            f"quantization={quantization!r} needs lora: a quantized model cannot be trained by itself; "
+            f"quantization={quantization!r} needs lora: a quantized model cannot be "
+            "trained by itself; "
             "pass lora=16, or quantization=None for full fine-tuning"
         )
     if (
@@ -84,13 +92,14 @@ def estimate_training(
         and mixed_precision in (None, "no")
     ):
         raise ValueError(
-            "attention='flash_attention_2' has no float32 kernels; use dtype='bfloat16' or mixed_precision='bf16'"
+            "attention='flash_attention_2' has no float32 kernels; use dtype='bfloat16' or "
+            "mixed_precision='bf16'"
         )
     config = load_config(model)
     memory_step.refuse(config)
     if sequence_length > (limit := _longest(config)):
         raise ValueError(
-            f"sequence_length={sequence_length} is more than the {limit} positions this model has"
+            f"sequence_length={sequence_length} is more than this model's {limit} positions"
         )
     recipe = memory_step.Recipe(
         quantization=quantization,
@@ -139,7 +148,10 @@ def _catalog():
 
 
 def catalogue():
-    """The models whose configs ship with the course, as a table: name, layers, width, where the numbers are from."""
+    """The models whose configs ship with the course, as a table.
+
+    Name, layers, width, where the numbers are from.
+    """
     import pandas as pd
 
     rows = []
@@ -154,7 +166,8 @@ def catalogue():
 def load_config(model):
     """A transformers config from a config, a dict, a catalogue name, a path, or a Hub id.
 
-    Raises ValueError when the name is none of these, or the Hub cannot be reached, with the nearest known names.
+    Raises ValueError when the name is none of these, or the Hub cannot be reached, with the
+    nearest known names.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -166,7 +179,8 @@ def load_config(model):
         return AutoConfig.for_model(**model)
     if not isinstance(model, str | Path):
         raise TypeError(
-            f"model must be a config, a name, a path or a Hub id, not {type(model).__name__}"
+            "model must be a config, a name, a path or a Hub id, not "
+            f"{type(model).__name__}"
         )
     wanted = str(model).lower()
     for name, entry in _catalog().items():
@@ -184,13 +198,17 @@ def load_config(model):
         close = difflib.get_close_matches(wanted.split("/")[-1], names, 3, 0.3)
         hint = ", ".join(names[name] for name in close) or ", ".join(list(_catalog())[:6])
         raise ValueError(
-            f"model={str(model)!r} is not in the catalogue and no config was found at that path or on the Hub; "
+            f"model={str(model)!r} is not in the catalogue, and no config was found at "
+            "that path or on the Hub; "
             f"known names like it: {hint} (memory.catalogue() lists all)"
         ) from error
 
 
 def _hub_answers(name):
-    """Whether asking the Hub makes sense: a Hub id has a slash, and a dead network costs half a minute."""
+    """Whether asking the Hub makes sense.
+
+    A Hub id has a slash, and a dead network costs half a minute.
+    """
     from helpers import runtime
 
     return "/" in str(name) and not runtime.detect().offline
@@ -218,8 +236,8 @@ def _estimate(name, config, recipe):
             if "scaled_dot_product_attention" not in str(error):
                 raise
             raise ValueError(
-                f"attention={recipe.attention!r} is not offered by {config.model_type!r} in "
-                "transformers; use attention='eager'"
+                f"attention={recipe.attention!r} is not offered by transformers for "
+                f"{config.model_type!r}; use attention='eager'"
             ) from error
         except (
             RuntimeError,
@@ -229,7 +247,8 @@ def _estimate(name, config, recipe):
             NotImplementedError,
         ) as error:
             raise ValueError(
-                f"model: {config.model_type!r} broke while being traced, so there is no honest number to give "
+                f"model: {config.model_type!r} broke while being traced, so there is no "
+                "honest number to give "
                 f"({type(error).__name__}: {error})"
             ) from error
     trace, reserved = _CACHE[key]
@@ -241,9 +260,11 @@ def _estimate(name, config, recipe):
 def _irregular(config, lora):
     """Whether layers may differ, so that only a full trace is honest."""
     for value in config.to_dict().values():
-        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
-            if len(set(map(str, value))) > 1:
-                return True
+        per_layer = (
+            isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+        )
+        if per_layer and len(set(map(str, value))) > 1:
+            return True
     names = (
         "layers_to_transform",
         "layers_pattern",
@@ -255,10 +276,12 @@ def _irregular(config, lora):
 
 
 def find_largest(model, gpu, *, vary="sequence_length", **choices):
-    """The longest sequence (or, with `vary="batch_size"`, largest batch) that fits a card (Chapter 5).
+    """The longest sequence (or, with `vary="batch_size"`, largest batch) that fits a card
+    (Chapter 5).
 
-    gpu: as `MemoryEstimate.fits`. Sequences are multiples of 64 up to the model's positions, batches at most 1,024.
-    choices: as `estimate_training`. Returns a MemoryEstimate; raises ValueError when even the smallest does not fit.
+    gpu: as `MemoryEstimate.fits`. Sequences are multiples of 64 up to the model's
+    positions, batches at most 1,024. choices: as `estimate_training`. Returns a
+    MemoryEstimate; raises ValueError when even the smallest does not fit.
     """
     _one_of("vary", vary, ("sequence_length", "batch_size"))
     unit, most = (
@@ -271,7 +294,8 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
     low, best = 1, attempt(1)
     if not best.fits(gpu):
         raise ValueError(
-            f"gpu={gpu!r}: not even {vary}={unit} fits ({best.peak_bytes / GIB:.2f} GiB and the margin); "
+            f"gpu={gpu!r}: not even {vary}={unit} fits ({best.peak_bytes / GIB:.2f} GiB "
+            "and the margin); "
             "quantize, lower the rank, or turn gradient checkpointing on"
         )
     high = 2
@@ -289,7 +313,10 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
 
 # ------------------------------------------------------------------ measuring, and formulas
 class Measurement:
-    """What a block of code took at its peak: `peak_bytes`, and on CUDA `reserved_bytes` and `driver_bytes` apart."""
+    """What a block of code took at its peak.
+
+    `peak_bytes`, and on CUDA `reserved_bytes` and `driver_bytes` apart.
+    """
 
     def __init__(self, device):
         self.device, self.peak_bytes = device, 0
@@ -307,11 +334,14 @@ class Measurement:
 
 @contextmanager
 def measure(device=None):
-    """Measure the peak memory of the block (Chapter 5): `with memory.measure() as m: ...`, then `m.peak_bytes`.
+    """Measure the peak memory of the block (Chapter 5).
 
-    On CUDA: the allocator's `max_memory_allocated` after emptying its cache, with reserved and driver figures apart.
-    On the CPU: the bytes of every tensor the block makes or uses, exactly, by following each operator; tensors of
-    other devices and NumPy arrays do not count. device: 'cuda' or 'cpu'; None takes CUDA where there is a card.
+    `with memory.measure() as m: ...`, then `m.peak_bytes`.
+
+    On CUDA: the allocator's `max_memory_allocated` after emptying its cache, with reserved
+    and driver figures apart. On the CPU: the bytes of every tensor the block makes or uses,
+    exactly, by following each operator; tensors of other devices and NumPy arrays do not
+    count. device: 'cuda' or 'cpu'; None takes CUDA where there is a card.
     """
     import torch
 
@@ -364,10 +394,13 @@ def napkin(
     attention="sdpa",
     **ignored,
 ):
-    """The chapter's closed formulas: {part: bytes} and 'total' (Chapter 5; Korthikanti et al. 2022 for activations).
+    """The chapter's closed formulas.
 
-    Parameters 12 L h^2 + V h; activations 34 s b h per layer, plus 5 heads s^2 b with eager attention; with
-    checkpointing 2 s b h per layer and one layer in full. `NAPKIN_LEAVES_OUT` says what is missing.
+    {part: bytes} and 'total' (Chapter 5; Korthikanti et al. 2022 for activations).
+
+    Parameters 12 L h^2 + V h; activations 34 s b h per layer, plus 5 heads s^2 b with eager
+    attention; with checkpointing 2 s b h per layer and one layer in full.
+    `NAPKIN_LEAVES_OUT` says what is missing.
     """
     config = load_config(model)
     layers, h, heads = (
@@ -399,7 +432,10 @@ def napkin(
 
 
 def _rules(config, choices):
-    """Three formulas in common use, in bytes; each from the number of parameters, two without looking at the run."""
+    """Three formulas in common use, in bytes.
+
+    Each from the number of parameters, two without looking at the run.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -425,10 +461,11 @@ def _rules(config, choices):
 
 
 def compare_formulas(cells):
-    """Our prediction beside the napkin and three formulas in use, against measurements (Chapter 5).
+    """Our prediction beside the napkin and three formulas in use, against measurements
+    (Chapter 5).
 
-    cells: list of (model, choices of `estimate_training`, measured bytes). Returns a table with one row per formula:
-    median and worst error, and the share of cells within 10 %.
+    cells: list of (model, choices of `estimate_training`, measured bytes). Returns a table
+    with one row per formula: median and worst error, and the share of cells within 10 %.
     """
     import pandas as pd
 
@@ -452,10 +489,12 @@ def compare_formulas(cells):
 
 
 def book_cells():
-    """The 48 published cells of the book's Table 5.2 as (model, choices, measured bytes), for `stack="book"`.
+    """The 48 published cells of the book's Table 5.2 as (model, choices, measured bytes),
+    for `stack="book"`.
 
-    OPT-350M, 16-bit, one sequence of 500 tokens, `max_memory_allocated` on an RTX 4090. Inferred settings: float16
-    throughout, LoRA of rank 16, the 8-bit optimizer paged, a plain loop that takes one step.
+    OPT-350M, 16-bit, one sequence of 500 tokens, `max_memory_allocated` on an RTX 4090.
+    Inferred settings: float16 throughout, LoRA of rank 16, the 8-bit optimizer paged, a
+    plain loop that takes one step.
     """
     import csv
 
@@ -510,7 +549,10 @@ def add_arguments(parser):
 
 
 def main(options):
-    """Run `python -m helpers plan` with parsed options; prints the answer and returns the exit status."""
+    """Run `python -m helpers plan` with parsed options.
+
+    Prints the answer and returns the exit status.
+    """
     import sys
 
     if options.list:
@@ -538,9 +580,8 @@ def main(options):
             estimate = find_largest(
                 options.model, options.fit, vary=options.vary, **choices
             )
-            print(
-                f"{options.fit}: largest {options.vary} is {getattr(estimate.recipe, options.vary):,}"
-            )
+            found = getattr(estimate.recipe, options.vary)
+            print(f"{options.fit}: largest {options.vary} is {found:,}")
         else:
             estimate = estimate_training(options.model, **choices)
     except (ValueError, TypeError) as error:

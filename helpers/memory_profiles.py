@@ -1,10 +1,11 @@
 """What the libraries and CUDA kernels really allocate, as small stand-ins (Chapter 5).
 
-A trace runs on fake CPU tensors. Where CUDA takes another path (dropout masks, fused softmax, attention kernels,
-autocast), where bitsandbytes' classes do not survive fakes (quantized layers), or where an older library did something
-else (`stack="book"`), the stand-in below allocates, keeps and frees what the real code does. Read beside: PyTorch's
-aten/native/transformers/cuda, bitsandbytes 0.44 and 0.50 `autograd/_functions.py`, trl 1.16 `kernels/chunked_logprob.py`,
-transformers 4.46 `modeling_opt.py`.
+A trace runs on fake CPU tensors. Where CUDA takes another path (dropout masks, fused
+softmax, attention kernels, autocast), where bitsandbytes' classes do not survive fakes
+(quantized layers), or where an older library did something else (`stack="book"`), the
+stand-in below allocates, keeps and frees what the real code does. Read beside: PyTorch's
+aten/native/transformers/cuda, bitsandbytes 0.44 and 0.50 `autograd/_functions.py`, trl 1.16
+`kernels/chunked_logprob.py`, transformers 4.46 `modeling_opt.py`.
 """
 
 import torch
@@ -13,14 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 from helpers.memory_trace import rounded
 
-# One cuBLAS workspace per (handle, stream); a training step has two: its forward and its autograd thread.
+# One cuBLAS workspace per (handle, stream); a training step has two: its forward and its
+# autograd thread.
 CUBLAS_WORKSPACE = 8_519_680
 CUBLAS_WORKSPACE_HOPPER = 32 * 2**20
 
 
 # ---------------------------------------------------------------- attention kernels
 class _FlashAttention(torch.autograd.Function):
-    """Flash attention: output and one float32 per row forward; float32 dQ and, for shared heads, wide dK/dV backward."""
+    """Flash attention: output and one float32 per row forward.
+
+    Float32 dQ and, for shared heads, wide dK/dV backward.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -47,7 +52,10 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _EfficientAttention(torch.autograd.Function):
-    """Memory-efficient attention, which takes a mask: keeps the mask in the queries' dtype, once per layer."""
+    """Memory-efficient attention, which takes a mask.
+
+    Keeps the mask in the queries' dtype, once per layer.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -78,7 +86,10 @@ class _EfficientAttention(torch.autograd.Function):
 def cuda_attention(
     query, key, value, mask=None, dropout=0.0, causal=False, scale=None, gqa=False
 ):
-    """Allocate what the kernel that CUDA would choose allocates: flash, memory-efficient, or the plain formula."""
+    """Allocate what the kernel that CUDA would choose allocates.
+
+    Flash, memory-efficient, or the plain formula.
+    """
     same_heads = query.shape[1] == key.shape[1] == value.shape[1]
     size = query.shape[-1]
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -94,16 +105,18 @@ def cuda_attention(
 # ---------------------------------------------------------------- CUDA's choices
 _FLOAT32_UNDER_AUTOCAST = {
     F.softmax, F.log_softmax, F.layer_norm, F.cross_entropy, F.nll_loss, F.group_norm,
-    torch.softmax, torch.log_softmax, torch.pow, torch.sum, torch.cumsum, torch.exp, torch.log,
-    torch.Tensor.softmax, torch.Tensor.pow, torch.Tensor.sum, torch.Tensor.cumsum, torch.Tensor.exp,
+    torch.softmax, torch.log_softmax, torch.pow, torch.sum, torch.cumsum, torch.exp,
+    torch.Tensor.softmax, torch.Tensor.pow, torch.Tensor.sum, torch.Tensor.cumsum,
 }  # fmt: skip
 
 
 class CudaKernels(TorchFunctionMode):
-    """Send the few functions whose CUDA kernels keep other tensors than the CPU's to stand-ins that match CUDA.
+    """Send the few functions whose CUDA kernels keep other tensors than the CPU's to
+    stand-ins that match CUDA.
 
-    Dropout keeps one byte per element; softmax of float16 into float32 makes no float32 copy of its input; attention
-    is chosen as on CUDA; with `autocast`, the functions CUDA runs in float32 get float32 inputs.
+    Dropout keeps one byte per element; softmax of float16 into float32 makes no float32
+    copy of its input; attention is chosen as on CUDA; with `autocast`, the functions CUDA
+    runs in float32 get float32 inputs.
     """
 
     def __init__(self, autocast=False, flash_dtype=None):
@@ -133,9 +146,12 @@ class CudaKernels(TorchFunctionMode):
             and torch.is_autocast_enabled("cpu")
         ):
             args = [_widen(a) for a in args]
-        elif func is F.softmax and kwargs.get("dtype") == torch.float32:
-            if args[0].dtype == torch.float16:
-                return torch._softmax(args[0], kwargs.get("dim", -1), True)
+        elif (
+            func is F.softmax
+            and kwargs.get("dtype") == torch.float32
+            and args[0].dtype == torch.float16
+        ):
+            return torch._softmax(args[0], kwargs.get("dim", -1), True)
         return func(*args, **kwargs)
 
 
@@ -157,9 +173,12 @@ def _dropout(input, p=0.5, training=True, inplace=False):
 
 # ---------------------------------------------------------------- quantized linear layers
 def quantized_sizes(rows, columns, kind, double=True):
-    """Bytes of every buffer bitsandbytes keeps for one matrix (Chapter 2): {'weight': …, 'scales': …, …}.
+    """Bytes of every buffer bitsandbytes keeps for one matrix (Chapter 2).
 
-    kind: 'int8' (one float32 per row), 'nf4' or 'fp4' (blocks of 64; `double` quantizes their scales in blocks of 256).
+    {'weight': …, 'scales': …, …}.
+
+    kind: 'int8' (one float32 per row), 'nf4' or 'fp4' (blocks of 64; `double` quantizes
+    their scales in blocks of 256).
     """
     numbers = rows * columns
     if kind == "int8":
@@ -173,7 +192,10 @@ def quantized_sizes(rows, columns, kind, double=True):
 
 
 class _MatMul4bit(torch.autograd.Function):
-    """bitsandbytes' MatMul4Bit: dequantize, multiply, forget; dequantize again for the way back."""
+    """bitsandbytes' MatMul4Bit.
+
+    Dequantize, multiply, forget; dequantize again for the way back.
+    """
 
     @staticmethod
     def forward(ctx, x, layer, bias):
@@ -187,7 +209,10 @@ class _MatMul4bit(torch.autograd.Function):
 
 
 class _MatMul8bit(torch.autograd.Function):
-    """bitsandbytes' MatMul8bitLt on CUDA with outlier threshold 6: keeps its input (0.44: a quantized copy too)."""
+    """bitsandbytes' MatMul8bitLt on CUDA with outlier threshold 6.
+
+    Keeps its input (0.44: a quantized copy too).
+    """
 
     @staticmethod
     def forward(ctx, x, layer, bias):
@@ -206,13 +231,12 @@ class _MatMul8bit(torch.autograd.Function):
         codes = half.new_empty(half.shape, dtype=torch.int8)
         del half, outliers
         tiled = codes.new_empty(tokens, rounded(inputs, 32)) if book else None
-        product = x.new_empty(tokens, layer.out_features, dtype=torch.int32)
+        product = x.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.int32)
         output = x.new_empty(product.shape, dtype=torch.float16)
         output = output.to(x.dtype)
         ctx.layer, ctx.input = layer, flat
         if not book:
             del product
-        output = output.view(*x.shape[:-1], layer.out_features)
         output = output.clone() if book and x.dim() == 3 else output
         del codes, tiled, row_stats  # 0.44 holds these, and the int32 product, until here
         return output
@@ -239,7 +263,9 @@ class _MatMul8bit(torch.autograd.Function):
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """A stand-in for bitsandbytes' Linear8bitLt and Linear4bit that survives fake tensors and meta devices."""
+    """A stand-in for bitsandbytes' Linear8bitLt and Linear4bit that survives fake tensors
+    and meta devices.
+    """
 
     def __init__(self, base, kind, double, compute_dtype, stack):
         torch.nn.Module.__init__(self)
@@ -267,7 +293,10 @@ class QuantizedLinear(torch.nn.Linear):
             self.register_buffer(name, torch.empty(count, dtype=dtype, device=device))
 
     def dequantize(self, dtype, fused=False):
-        """The matrix in `dtype`; `fused` writes it there directly, else through the dtype it was quantized from."""
+        """The matrix in `dtype`.
+
+        `fused` writes it there directly, else through the dtype it was quantized from.
+        """
         if hasattr(self, "second_scales"):
             scales = self.scales.new_empty(self.scales.shape, dtype=torch.float32)
             if fused:
@@ -277,6 +306,7 @@ class QuantizedLinear(torch.nn.Linear):
         return weight.to(dtype)
 
     def forward(self, x):
+        """The layer's output, leaving in memory what bitsandbytes' layer would."""
         if self.kind == "int8":
             if self.bias is not None and self.bias.dtype != x.dtype:
                 self.bias.data = self.bias.data.to(x.dtype)
@@ -293,7 +323,9 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 def quantized_lora_forward(self, x, *args, **kwargs):
-    """The forward pass of PEFT's Linear8bitLt and Linear4bit adapters (peft.tuners.lora.bnb), for plain LoRA."""
+    """The forward pass of PEFT's Linear8bitLt and Linear4bit adapters
+    (peft.tuners.lora.bnb), for plain LoRA.
+    """
     result = self.base_layer(x)
     if self.base_layer.kind != "int8" and self.base_layer.stack == "current":
         result = result.clone()
@@ -311,7 +343,10 @@ def quantized_lora_forward(self, x, *args, **kwargs):
 
 
 def quantize_linears(model, kind, double, compute_dtype, stack):
-    """Replace the linear layers that transformers would hand to bitsandbytes; the head and tied layers stay."""
+    """Replace the linear layers that transformers would hand to bitsandbytes.
+
+    The head and tied layers stay.
+    """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -328,7 +363,10 @@ def quantize_linears(model, kind, double, compute_dtype, stack):
 
 # ---------------------------------------------------------------- losses
 class _FusedHead(torch.autograd.Function):
-    """trl's ChunkedLogProbFunction on CUDA: one tile of logits at a time, float32 gradients, nothing of size N x V."""
+    """trl's ChunkedLogProbFunction on CUDA.
+
+    One tile of logits at a time, float32 gradients, nothing of size N x V.
+    """
 
     TOKENS, WORDS = 4096, 32768
 
@@ -358,7 +396,9 @@ class _FusedHead(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors[:3]
         wanted = [
             x if need else None
-            for x, need in zip((hidden, weight, bias), ctx.needs_input_grad)
+            for x, need in zip(
+                (hidden, weight, bias), ctx.needs_input_grad[:3], strict=True
+            )
         ]
         sums = [
             None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in wanted
@@ -368,20 +408,25 @@ class _FusedHead(torch.autograd.Function):
         grad = grad.float().contiguous()
         chunk = hidden[: _FusedHead.TOKENS].to(ctx.compute_dtype)
         words = weight[: _FusedHead.WORDS].to(ctx.compute_dtype)
-        out = [None if s is None else s.to(x.dtype) for s, x in zip(sums, wanted)]
+        out = [
+            None if s is None else s.to(x.dtype) for s, x in zip(sums, wanted, strict=True)
+        ]
         del tile, chunk, words
         return (*out, None, None)
 
 
 def fused_loss(model, batch, autocast_dtype=None, on_head=lambda: None):
-    """trl 1.16's loss: backbone, then a fused head over the trained positions, with its metrics (all trained here)."""
+    """trl 1.16's loss: backbone, then a fused head over the trained positions, with its
+    metrics (all trained here).
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     on_head()
     mask = labels != -100
-    # hidden[mask] with every position trained: the same gather, by the two index vectors a mask becomes
+    # hidden[mask] with every position trained: the same gather, by the two index vectors a
+    # mask becomes
     rows = torch.arange(labels.numel(), device=labels.device) // labels.shape[1]
     columns = torch.arange(labels.numel(), device=labels.device) % labels.shape[1]
     head = base.get_output_embeddings()
@@ -394,12 +439,16 @@ def fused_loss(model, batch, autocast_dtype=None, on_head=lambda: None):
     return loss, per_token
 
 
-# The models of transformers 4.46 that computed the loss in the logits' own dtype; the others made a float32 copy.
+# The models of transformers 4.46 that computed the loss in the logits' own dtype; the
+# others made a float32 copy.
 NATIVE_LOSS = {"opt", "falcon", "gpt2", "gpt_neox", "gptj", "bloom", "mpt"}
 
 
 def book_loss(model_type):
-    """The loss of transformers 4.46: all logits, a float32 copy for most models, then a shifted contiguous copy."""
+    """The loss of transformers 4.46.
+
+    All logits, a float32 copy for most models, then a shifted contiguous copy.
+    """
 
     def loss(logits, labels, vocab_size, **kwargs):
         if model_type not in NATIVE_LOSS:
@@ -413,7 +462,10 @@ def book_loss(model_type):
 def book_opt_attention(
     module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs
 ):
-    """Eager attention of transformers 4.46's OPT: bmm, a mask, a floor at the smallest number, softmax in float32."""
+    """Eager attention of transformers 4.46's OPT.
+
+    Bmm, a mask, a floor at the smallest number, softmax in float32.
+    """
     batch, heads, length, size = query.shape
     query, key, value = (x.reshape(batch * heads, -1, size) for x in (query, key, value))
     scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, length, -1)
@@ -436,12 +488,15 @@ def _adam(sizes, itemsize, step_bytes):
 
 
 def optimizer_bytes(name, parameters):
-    """(state buffer sizes, temporary buffer sizes) on the card; parameters: list of (numel, itemsize).
+    """(state buffer sizes, temporary buffer sizes) on the card.
 
-    Fused AdamW keeps its step counters on the card and needs nothing else; the foreach loop needs one more copy of
-    the parameters at the step; 8-bit states are one byte per number and two float32 per 256 (matrices under 4,096
-    numbers stay float32); paged states of 100,000 numbers and more live in unified memory, where the allocator's
-    counters do not see them.
+    Parameters: list of (numel, itemsize).
+
+    Fused AdamW keeps its step counters on the card and needs nothing else; the foreach loop
+    needs one more copy of the parameters at the step; 8-bit states are one byte per number
+    and two float32 per 256 (matrices under 4,096 numbers stay float32); paged states of
+    100,000 numbers and more live in unified memory, where the allocator's counters do not
+    see them.
     """
     if name in ("adamw_torch_fused", "adamw_torch"):
         fused = name == "adamw_torch_fused"
@@ -462,5 +517,6 @@ def optimizer_bytes(name, parameters):
 
 
 OPTIMIZERS = {
-    "adamw_torch_fused", "adamw_torch", "sgd", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "adamw_torch_fused", "adamw_torch", "sgd", "adamw_8bit", "adamw_bnb_8bit",
+    "paged_adamw_8bit", "paged_adamw_32bit",
 }  # fmt: skip

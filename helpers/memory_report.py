@@ -1,4 +1,7 @@
-"""What a prediction says: numbers, a table, two pictures, and which cards it fits (Chapter 5)."""
+"""What a prediction says.
+
+Numbers, a table, two pictures, and which cards it fits (Chapter 5).
+"""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ CONTEXT = (
 
 
 def parse_size(size):
-    """Bytes from a number, a text like '16GiB' or '24GB', or the name of a card in `GPUS`."""
+    """Bytes from a number, a text like '16GiB' or '24GB', or a card's name in `GPUS`."""
     if isinstance(size, bool) or not isinstance(size, int | float | str):
         raise TypeError(
             f"gpu must be a card's name, a size like '16GiB', or bytes, not {size!r}"
@@ -43,11 +46,14 @@ def parse_size(size):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A predicted training step: how many bytes at the peak, when, and what they are (Chapter 5).
+    """A predicted training step.
 
-    peak_bytes: what `max_memory_allocated` would say. parts: {category: bytes} at that moment, adding up to it.
-    peak_instant: 'forward', 'loss', 'backward' or 'optimizer'; instants: the peak of each. reserved_bytes: what the
-    caching allocator holds. margin: (low, high) bytes on top of the peak for that and the CUDA context.
+    How many bytes at the peak, when, and what they are (Chapter 5).
+
+    peak_bytes: what `max_memory_allocated` would say. parts: {category: bytes} at that
+    moment, adding up to it. peak_instant: 'forward', 'loss', 'backward' or 'optimizer';
+    instants: the peak of each. reserved_bytes: what the caching allocator holds. margin:
+    (low, high) bytes on top of the peak for that and the CUDA context.
     """
 
     name: str
@@ -61,12 +67,17 @@ class MemoryEstimate:
 
     @property
     def margin(self):
-        """(low, high) bytes beyond the peak: CUDA context, and blocks the allocator holds but nobody uses."""
+        """(low, high) bytes beyond the peak.
+
+        CUDA context, and blocks the allocator holds but nobody uses.
+        """
         slack = max(0, self.reserved_bytes - self.peak_bytes)
         return int(CONTEXT[0] + slack / 2), int(CONTEXT[1] + slack)
 
     def fits(self, gpu):
-        """Whether the peak and the whole margin fit a card ('T4', 'A100 80GB', '16GiB', or bytes)."""
+        """Whether the peak and the whole margin fit a card ('T4', 'A100 80GB', '16GiB', or
+        bytes).
+        """
         return self.peak_bytes + self.margin[1] + _hopper(gpu) <= parse_size(gpu)
 
     def verdict(self, gpu):
@@ -88,44 +99,51 @@ class MemoryEstimate:
         return pd.DataFrame(rows, columns=["part", "MB", "share"]).set_index("part")
 
     def __str__(self):
+        where = {"forward": "in the forward pass", "backward": "in the backward pass"}
+        instant = where.get(self.peak_instant, f"at the {self.peak_instant}")
         lines = [
-            f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB in the {self.peak_instant} pass"
-            if self.peak_instant in ("forward", "backward")
-            else f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB at the {self.peak_instant}",
+            f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB {instant}",
             f"margin for CUDA context and fragmentation: {_span(self.margin)}",
         ]
-        lines += [
-            f"  {n:<12} {r.MB:>10,.1f} MB  {r.share:>6.1%}"
-            for n, r in self.table().iterrows()
-        ]
+        for name, row in self.table().iterrows():
+            if row.MB >= 0.05:
+                lines.append(f"  {name:<12} {row.MB:>10,.1f} MB  {row.share:>6.1%}")
         lines.append("  ".join(f"{gpu}: {self.verdict(gpu)}" for gpu in GPUS))
         return "\n".join(lines)
 
     def _repr_html_(self):
-        colors = _colors()
+        colors, table = _colors(), self.table()
+        style = "display:inline-block;height:18px"
         bars = "".join(
-            f'<span title="{name}: {row.MB:,.0f} MB" style="display:inline-block;height:18px;'
-            f'width:{100 * row.share:.2f}%;background:{colors[name]}"></span>'
-            for name, row in self.table().iterrows()
+            f'<span title="{name}: {row.MB:,.0f} MB" '
+            f'style="{style};width:{100 * row.share:.2f}%;background:{colors[name]}">'
+            "</span>"
+            for name, row in table.iterrows()
         )
         rows = "".join(
             f'<tr><td><span style="color:{colors[name]}">&#9632;</span> {name}</td>'
             f"<td>{row.MB:,.1f}</td><td>{row.share:.1%}</td></tr>"
-            for name, row in self.table().iterrows()
+            for name, row in table.iterrows()
+            if row.MB >= 0.05
         )
         signs = {"fits": "&#10003; fits", "tight": "&#8776; tight", "no": "&#10007; no"}
         cards = "".join(
             f"<tr><td>{gpu}</td><td>{signs[self.verdict(gpu)]}</td></tr>" for gpu in GPUS
         )
+        head = "<tr><th>part</th><th>MB</th><th>share</th></tr>"
         return (
-            f"<b>{self.name}</b>: peak <b>{self.peak_bytes / GIB:.2f} GiB</b> ({self.peak_instant}), plus "
-            f'{_span(self.margin)} for the CUDA context and fragmentation<div style="max-width:640px">{bars}</div>'
-            '<div style="display:flex;gap:2em"><table><tr><th>part</th><th>MB</th><th>share</th></tr>'
-            f"{rows}</table><table><tr><th>card</th><th></th></tr>{cards}</table></div>"
+            f"<b>{self.name}</b>: peak <b>{self.peak_bytes / GIB:.2f} GiB</b> "
+            f"({self.peak_instant}), plus {_span(self.margin)} for the CUDA context and "
+            f'fragmentation<div style="max-width:640px">{bars}</div>'
+            f'<div style="display:flex;gap:2em"><table>{head}{rows}</table>'
+            f"<table><tr><th>card</th><th></th></tr>{cards}</table></div>"
         )
 
     def plot(self, gpu=None):
-        """Draw the parts as one stacked bar and the step's timeline, against a card's line; returns the Figure."""
+        """Draw the parts as one stacked bar and the step's timeline, against a card's line.
+
+        Returns the Figure.
+        """
         from helpers import plots
 
         fig, (left, right) = plots.figure(
@@ -169,8 +187,9 @@ class MemoryEstimate:
             for axis in (left, right):
                 axis.axhline(capacity, color=plots.COLORS["red"], linewidth=1.5)
             label = gpu if isinstance(gpu, str) else f"{capacity:.1f} GiB"
-            right.annotate(label, (1, capacity), (-4, -12), xycoords=("axes fraction", "data"),
-                           textcoords="offset points", ha="right", color=plots.COLORS["red"])  # fmt: skip
+            across = right.get_yaxis_transform()
+            style = dict(ha="right", va="top", color=plots.COLORS["red"], transform=across)
+            right.text(0.99, capacity, label, **style)
         return fig
 
 

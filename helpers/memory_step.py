@@ -1,4 +1,7 @@
-"""From a recipe to the log of its training step: build the model on fakes, run one step, count (Chapter 5)."""
+"""From a recipe to the log of its training step.
+
+Build the model on fakes, run one step, count (Chapter 5).
+"""
 
 import contextlib
 import copy
@@ -42,13 +45,16 @@ class Recipe:
 
 
 def refuse(config):
-    """Raise ValueError for what this module cannot model honestly: better no number than a wrong one."""
+    """Raise ValueError for what this module cannot model honestly.
+
+    Better no number than a wrong one.
+    """
     from transformers import AutoModelForCausalLM
 
     kind = getattr(config, "model_type", type(config).__name__)
     reason = None
     if getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder; only decoder-only (causal) language models are traced"
+        reason = "it is an encoder-decoder; only decoder-only language models are traced"
     elif type(config) not in AutoModelForCausalLM._model_mapping:
         reason = "transformers has no causal language model for it"
     elif any(
@@ -78,7 +84,8 @@ def refuse(config):
         reason = "it is an encoder"
     if reason:
         raise ValueError(
-            f"model: cannot predict {kind!r}: {reason}. Dense causal models work: Llama, Mistral, Phi, Qwen, Gemma, "
+            f"model: cannot predict {kind!r}: {reason}. Dense causal models work: Llama, "
+            "Mistral, Phi, Qwen, Gemma, "
             "OPT, Falcon, GPT-2, SmolLM and their kin."
         )
 
@@ -101,7 +108,9 @@ def _quiet():
 
 
 def build(config, recipe):
-    """The model of `config` as the recipe trains it (quantized stand-ins, adapters, checkpointing), on torch's current device."""
+    """The model of `config` as the recipe trains it (quantized stand-ins, adapters,
+    checkpointing), on torch's current device.
+    """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -155,7 +164,8 @@ def _with_adapters(model, recipe):
     lora = copy.deepcopy(recipe.lora)
     if isinstance(lora, int):
         known = model.config.model_type in KNOWN
-        # The book's adapters drop 5 % of their inputs, and a dropout mask is a byte per number.
+        # The book's adapters drop 5 % of their inputs, and a dropout mask is a byte per
+        # number.
         dropout = 0.05 if recipe.stack == "book" else 0.0
         targets = None if known else "all-linear"
         lora = LoraConfig(r=lora, lora_dropout=dropout, target_modules=targets)
@@ -174,7 +184,10 @@ def _with_adapters(model, recipe):
 
 
 def _to_fakes(model):
-    """Replace every meta tensor by a fake one on the CPU; tensors that were shared stay shared. Call under a FakeTensorMode."""
+    """Replace every meta tensor by a fake one on the CPU.
+
+    Tensors that were shared stay shared. Call under a FakeTensorMode.
+    """
     memo = {}
 
     def fake(tensor):
@@ -202,7 +215,10 @@ def decoder_layers(model, count):
 
 
 def _watch_layers(layers, ledger):
-    """Mark where each layer's forward and backward begin; hooks stay outside the checkpointed part."""
+    """Mark where each layer's forward and backward begin.
+
+    Hooks stay outside the checkpointed part.
+    """
 
     def hook(index):
         def before(module, inputs):
@@ -221,21 +237,20 @@ def _watch_layers(layers, ledger):
         layer.register_forward_hook(after)
 
 
-def _adopt_model(model, ledger, middle, extra):
-    """Enter weights, adapters and buffers; tensors of the repeated layer count once per repetition."""
-    seen = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        storage = tensor.untyped_storage()._cdata
-        if storage in seen:
-            continue
-        seen.add(storage)
-        adapter = "lora_" in name or "modules_to_save" in name
-        category = "adapters" if adapter else "weights"
-        ledger.adopt(tensor, category)
-        if id(tensor) in middle:
-            size = rounded(tensor.untyped_storage().nbytes())
-            for _ in range(extra):
-                ledger.enter(size, category)
+def _repeated(tensors, template, extra):
+    """(tensor, whether real) in order, with the run of `template` tensors repeated `extra`
+    times behind itself.
+    """
+    out, run = [], []
+    for tensor in [*tensors, None]:
+        if run and id(tensor) not in template:
+            out += [(t, False) for _ in range(extra) for t in run]
+            run = []
+        if tensor is not None:
+            out.append((tensor, True))
+            if id(tensor) in template:
+                run.append(tensor)
+    return out
 
 
 def _inputs(model, recipe):
@@ -249,13 +264,17 @@ def _inputs(model, recipe):
     if flat:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
     else:
-        # Without padding transformers drops the mask; its bytes are in the batch all the same.
+        # Without padding transformers drops the mask; its bytes are in the batch all the
+        # same.
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
     return batch
 
 
 def _loss(model, batch, recipe, ledger):
-    """Forward pass and loss as the recipe's stack computes it; whatever else is returned stays alive for the step."""
+    """Forward pass and loss as the recipe's stack computes it.
+
+    Whatever else is returned stays alive for the step.
+    """
     batch = {k: v for k, v in batch.items() if k != "attention_mask"}
     if recipe.attention == "flash_attention_2":
         batch.pop("position_ids", None)  # variable-length kernels need no mask
@@ -277,17 +296,16 @@ def _loss(model, batch, recipe, ledger):
 def trace(config, recipe, layers=None):
     """Run one step of `recipe` on fakes and return its Trace (Chapter 5).
 
-    layers: trace only this many decoder layers and stretch the log to the config's own number; None traces all.
-    A short trace whose middle layers differ is thrown away for a full one.
+    layers: trace only this many decoder layers and stretch the log to the config's own
+    number; None traces all. A short trace whose middle layers differ is thrown away for a
+    full one.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import masking_utils
 
     total = config.num_hidden_layers
     short = layers is not None and layers < total
-    config = copy.deepcopy(config)
-    if short:
-        config.num_hidden_layers = layers
+    full, config = config, config_with(config, layers) if short else config
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -307,15 +325,22 @@ def trace(config, recipe, layers=None):
         stack.enter_context(kernels_of(recipe)())
         stack.enter_context(ledger)
         _run(model, batch, recipe, ledger, layers if short else None, total)
-    result = Trace(ledger.events, ledger.marks)
+    end = ledger.marks[-1][0]  # what dies with the model is no part of the step
+    result = Trace(ledger.events[:end], ledger.marks)
     if short:
-        return result.stretch(layers, total) or trace(config_with(config, total), recipe)
+        return result.stretch(layers, total) or trace(full, recipe)
     return result
 
 
 def config_with(config, layers):
-    """A copy of a config with another number of decoder layers."""
-    config = copy.deepcopy(config)
+    """A copy of a config with another number of decoder layers.
+
+    Lists of one entry per layer are cut or repeated.
+    """
+    config, old = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == old:
+            setattr(config, name, [value[i % old] for i in range(layers)])
     config.num_hidden_layers = layers
     return config
 
@@ -338,22 +363,28 @@ def _book(model):
 
 
 def _run(model, batch, recipe, ledger, layers, total):
-    """One step. Steady state for `current`: optimizer states (and accumulated gradients) exist when it begins."""
+    """One step. Steady state for `current`.
+
+    Optimizer states (and accumulated gradients) exist when it begins.
+    """
     count = layers or total
-    extra = total - count
-    blocks = decoder_layers(model, count)
-    middle = (
-        {id(t) for t in [*blocks[1].parameters(), *blocks[1].buffers()]} if extra else set()
-    )
+    blocks, extra = decoder_layers(model, count), total - count
+    third = [*blocks[2].parameters(), *blocks[2].buffers()] if extra else []
+    template = {id(t) for t in third}
+    adapters = {
+        id(p) for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n
+    }
     ledger.phase("weights", "activations")
-    _adopt_model(model, ledger, middle, extra)
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor, real in _repeated(tensors, template, extra):
+            category = "adapters" if id(tensor) in adapters else "weights"
+            if real:
+                ledger.adopt(tensor, category)
+            else:
+                ledger.enter(rounded(tensor.untyped_storage().nbytes()), category)
     trained = [p for p in model.parameters() if p.requires_grad]
-    times = [1 + extra * (id(p) in middle) for p in trained]
-    sizes = [
-        (p.numel(), p.element_size())
-        for p, n in zip(trained, times, strict=True)
-        for _ in range(n)
-    ]
+    all_trained = _repeated(trained, template, extra)
+    sizes = [(p.numel(), p.element_size()) for p, _ in all_trained]
     states, temporaries = profiles.optimizer_bytes(recipe.optimizer, sizes)
     if recipe.kernels == "cpu" and recipe.optimizer == "adamw_torch":
         states += [4] * len(sizes)  # on a CPU run its step counters are CPU tensors too
@@ -362,13 +393,12 @@ def _run(model, batch, recipe, ledger, layers, total):
         for size in states:
             ledger.enter(rounded(size), "optimizer")
     if steady and recipe.gradient_accumulation:
-        for parameter, n in zip(trained, times, strict=True):
-            parameter.grad = torch.zeros_like(parameter)
-            ledger.adopt(parameter.grad, "gradients")
-            for _ in range(n - 1):
-                ledger.enter(
-                    rounded(parameter.grad.untyped_storage().nbytes()), "gradients"
-                )
+        ledger.category = "gradients"
+        for parameter, real in all_trained:
+            if real:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                ledger.enter(rounded(parameter.untyped_storage().nbytes()), "gradients")
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(
             lambda p: ledger.adopt(p.grad, "gradients")
@@ -385,11 +415,13 @@ def _run(model, batch, recipe, ledger, layers, total):
         ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
     loss, alive = _loss(model, batch, recipe, ledger)
     if steady:
-        alive = None  # the trainer's compute_loss has returned; the book's loop still holds its outputs
+        alive = None  # the trainer's compute_loss has returned; the book's loop holds on
     ledger.phase("backward", "temporaries")
     if recipe.kernels == "cuda":
         ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
     loss.backward()
+    if steady:
+        del loss
     if steady or not recipe.gradient_accumulation:
         ledger.phase("optimizer", "temporaries")
         if not steady:
@@ -402,5 +434,8 @@ def _run(model, batch, recipe, ledger, layers, total):
 
 
 def step_log(config, recipe, layers=None):
-    """(Trace with the card's block sizes, bytes its allocator reserves) of one step; see `trace` for `layers`."""
+    """(Trace with the card's block sizes, bytes its allocator reserves) of one step.
+
+    See `trace` for `layers`.
+    """
     return trace(config, recipe, layers).on_card()

@@ -1,8 +1,8 @@
 """Trace one training step without weights and count every live byte (Chapter 5).
 
-Three ideas, one page each: a ledger that adds each new storage and drops it when it dies; a model whose tensors are
-fakes (shapes and dtypes, no data); and a stretch that repeats the middle layer of a short trace, so that eighty
-layers cost as much to predict as four.
+Three ideas, one page each: a ledger that adds each new storage and drops it when it dies; a
+model whose tensors are fakes (shapes and dtypes, no data); and a stretch that repeats the
+middle layer of a short trace, so that eighty layers cost as much to predict as four.
 """
 
 import bisect
@@ -20,17 +20,21 @@ ROUND = 512  # the CUDA caching allocator hands out multiples of 512 bytes
 
 
 def rounded(size, unit=ROUND):
-    """Bytes that an allocation of `size` bytes occupies when handed out in multiples of `unit`."""
+    """Bytes that an allocation of `size` bytes occupies when handed out in multiples of
+    `unit`.
+    """
     return -(-size // unit) * unit
 
 
 class Ledger(TorchDispatchMode):
-    """Count live tensor bytes by weak reference, as every operator allocates and every storage dies (Chapter 5).
+    """Count live tensor bytes by weak reference, as every operator allocates and every
+    storage dies (Chapter 5).
 
-    `unit` rounds each storage (512: what CUDA's allocator would hand out; 1: exact). `adopt` enters tensors made
-    before. With `inputs=True`, storages first met as an operator's input count as alive from the start.
-    `events` is the log of (block, size, category): size > 0 allocates, < 0 frees, 0 moves the block to another
-    category. `marks` are the (position, name) of the phases and layers within it.
+    `unit` rounds each storage (512: what CUDA's allocator would hand out; 1: exact).
+    `adopt` enters tensors made before. With `inputs=True`, storages first met as an
+    operator's input count as alive from the start. `events` is the log of (block, size,
+    category): size > 0 allocates, < 0 frees, 0 moves the block to another category. `marks`
+    are the (position, name) of the phases and layers within it.
     """
 
     def __init__(self, unit=ROUND, inputs=False):
@@ -43,7 +47,10 @@ class Ledger(TorchDispatchMode):
         self._blocks = itertools.count()
 
     def adopt(self, tensor, category):
-        """Enter a tensor's storage (or move it) under `category`; a storage counts once, whatever its views."""
+        """Enter a tensor's storage (or move it) under `category`.
+
+        A storage counts once, whatever its views.
+        """
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
@@ -59,7 +66,10 @@ class Ledger(TorchDispatchMode):
             self.live[key] = (reference, block, size, category)
 
     def enter(self, size, category):
-        """Log an allocation that has no tensor here (an optimizer state, a repeated layer); returns its block."""
+        """Log an allocation that has no tensor here (an optimizer state, a repeated layer).
+
+        Returns its block.
+        """
         block = next(self._blocks)
         self.events.append((block, size, category))
         self.current += size
@@ -72,7 +82,9 @@ class Ledger(TorchDispatchMode):
         self.current -= size
 
     def mark(self, name):
-        """Note that what follows belongs to `name` (a phase, or a layer's forward or backward)."""
+        """Note that what follows belongs to `name` (a phase, or a layer's forward or
+        backward).
+        """
         self.marks.append((len(self.events), name))
 
     def phase(self, name, category):
@@ -107,16 +119,22 @@ class Ledger(TorchDispatchMode):
 
 @dataclass
 class Trace:
-    """The log of one traced run: `events` (block, size, category), `marks` (position, name of a phase)."""
+    """The log of one traced run.
+
+    `events` (block, size, category), `marks` (position, name of a phase).
+    """
 
     events: list
     marks: list
 
     def peak(self):
-        """(peak bytes, {category: bytes} at that moment, name of the phase it falls in, {phase: its own peak})."""
+        """(peak bytes, {category.
+
+        Bytes} at that moment, name of the phase it falls in, {phase: its own peak}).
+        """
         current, best, parts, where = 0, 0, {}, ""
         sizes, totals, phases = {}, collections.Counter(), {}
-        marks, upcoming, phase = self.marks, 0, ""
+        marks, upcoming, phase = [m for m in self.marks if isinstance(m[1], str)], 0, ""
         for position, (block, size, category) in enumerate(self.events):
             while upcoming < len(marks) and marks[upcoming][0] <= position:
                 phase, upcoming = marks[upcoming][1], upcoming + 1
@@ -139,7 +157,9 @@ class Trace:
         return best, {k: v for k, v in parts.items() if v}, where, phases
 
     def timeline(self, points=600):
-        """[(position, bytes)] thinned to about `points`, keeping the highest of each stretch."""
+        """[(position, bytes)] thinned to about `points`, keeping the highest of each
+        stretch.
+        """
         totals, current = [], 0
         for _, size, _ in self.events:
             current += size
@@ -148,11 +168,14 @@ class Trace:
         return [(i, max(totals[i : i + step])) for i in range(0, len(totals), step)]
 
     def stretch(self, layers, target):
-        """Repeat the third of `layers` layers until there are `target`: the log of the whole model, or None.
+        """Repeat the third of `layers` layers until there are `target`.
 
-        Marks ("forward", i) and ("backward", i) say where layer i begins. The second and third layer must have
-        allocated and freed the same sizes in the same order, each referring to its own blocks and its neighbor's;
-        otherwise repeating one would be a guess, and the answer is None.
+        The log of the whole model, or None.
+
+        Marks ("forward", i) and ("backward", i) say where layer i begins. The second and
+        third layer must have allocated and freed the same sizes in the same order, each
+        referring to its own blocks and its neighbor's; otherwise repeating one would be a
+        guess, and the answer is None.
         """
         at = {name: position for position, name in self.marks if isinstance(name, tuple)}
         starts = [
@@ -176,7 +199,9 @@ class Trace:
         fresh = itertools.count(max((e[0] for e in events), default=0) + 1)
 
         def block_in(copy, block):
-            """The block that `block` of the third layer's log means in repetition `copy` (0 is the original)."""
+            """The block that `block` of the third layer's log means in repetition `copy` (0
+            is the original).
+            """
             if block in own:
                 return (
                     block if copy == 0 else copies[copy - 1].setdefault(block, next(fresh))
@@ -185,7 +210,7 @@ class Trace:
                 return block if copy == 0 else block_in(copy - 1, back[block])
             return None
 
-        above = {}  # a block of the last layer, freed by the third's backward: the third's counterpart
+        above = {}  # a block of the last layer that the third frees: its counterpart
         for a, b in zip(*backward, strict=True):
             if b[1] <= 0 and a[0] in own and b[0] not in own and b[0] not in back:
                 above[b[0]] = a[0]
@@ -242,7 +267,9 @@ class Trace:
         return Trace(log, marks)
 
     def on_card(self):
-        """The same log with every block as large as CUDA's caching allocator makes it, and the bytes it reserves."""
+        """The same log with every block as large as CUDA's caching allocator makes it, and
+        the bytes it reserves.
+        """
         allocator, events = CachingAllocator(), []
         for block, size, category in self.events:
             if size > 0:
@@ -259,11 +286,14 @@ class _Irregular(Exception):
 
 
 class CachingAllocator:
-    """PyTorch's CUDA caching allocator in miniature: which block answers a request, and what is reserved (Chapter 5).
+    """PyTorch's CUDA caching allocator in miniature.
 
-    Requests round up to 512 bytes; up to 1 MiB they share 2 MiB segments, under 10 MiB 20 MiB ones, above that they
-    get their own, rounded up to 2 MiB. The smallest free block that is large enough answers; what is left over
-    splits off only when it exceeds 1 MiB (512 bytes in the small pool), else the caller holds it too. Source:
+    Which block answers a request, and what is reserved (Chapter 5).
+
+    Requests round up to 512 bytes; up to 1 MiB they share 2 MiB segments, under 10 MiB 20
+    MiB ones, above that they get their own, rounded up to 2 MiB. The smallest free block
+    that is large enough answers; what is left over splits off only when it exceeds 1 MiB
+    (512 bytes in the small pool), else the caller holds it too. Source:
     c10/cuda/CUDACachingAllocator.cpp with default settings.
     """
 
@@ -276,7 +306,10 @@ class CachingAllocator:
         self._is_free, self._address = set(), {}
 
     def allocate(self, name, size):
-        """Give `name` a block for `size` bytes; returns the block's size, which is what the counters count."""
+        """Give `name` a block for `size` bytes.
+
+        Returns the block's size, which is what the counters count.
+        """
         size = rounded(size)
         small = size <= self.MIB
         pool = self._free[small]
@@ -305,7 +338,10 @@ class CachingAllocator:
         return self._size[address]
 
     def free(self, name):
-        """Return `name`'s block, joined with free neighbors; returns the size the counters drop by."""
+        """Return `name`'s block, joined with free neighbors.
+
+        Returns the size the counters drop by.
+        """
         address = self._address.pop(name)
         size = self._size[address]
         previous = self._previous[address]

@@ -279,3 +279,47 @@ def template_playground(tokenizer, *, messages=None, template=None):
         "assistant: On the smooth planks, the birch canoe slid."
     )
     explore(draw, messages=messages, template=template or chat.chatml_template())
+
+
+def memory_planner(models=("SmolLM2-135M-Instruct", "Llama-3.1-8B")):
+    """Change a choice of a training run and see the predicted bar move (Chapter 5)."""
+    from helpers import memory
+
+    def draw(model, quantization, rank, sequence_length, batch_size, checkpointing, card):
+        kind = None if quantization == "none" else quantization
+        try:
+            estimate = memory.estimate_training(
+                model,
+                quantization=kind,
+                lora=rank or None,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                gradient_checkpointing=checkpointing,
+            )
+        except ValueError as error:
+            return _Message(str(error))
+        return estimate.plot(card)
+
+    explore(
+        draw,
+        model=list(models),
+        quantization=["nf4", "int8", "none"],
+        rank=(0, 128, 8, 16),
+        sequence_length=(128, 4096, 128, 1024),
+        batch_size=(1, 16, 1),
+        checkpointing=True,
+        card=list(memory.GPUS),
+    )
+
+
+class _Message:
+    """A sentence in place of a picture, for choices that do not go together."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __str__(self):
+        return self.text
+
+    def _repr_html_(self):
+        return f"<p>{html.escape(self.text)}</p>"

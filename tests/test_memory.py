@@ -1,0 +1,922 @@
+"""The peak-memory predictor against real steps, real bitsandbytes buffers, and published
+GPU measurements.
+"""
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from helpers import memory, memory_profiles, memory_step, memory_trace
+from helpers.memory_trace import CachingAllocator, Ledger, rounded
+
+MIB = 2**20
+SMALL = dict(num_hidden_layers=3, num_attention_heads=4, vocab_size=128)
+WIDTHS = dict(hidden_size=32, intermediate_size=64, **SMALL)
+GROUPED = dict(num_key_value_heads=2, **WIDTHS)
+ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+TINY = {
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "opt": transformers.OPTConfig(
+        hidden_size=32, ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False,
+        dropout=0.0, **SMALL
+    ),
+    "phi3": transformers.Phi3Config(**GROUPED, **ENDS),
+    "qwen2": transformers.Qwen2Config(**GROUPED),
+    "qwen3": transformers.Qwen3Config(head_dim=8, **GROUPED),
+    "gpt2": transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=128, n_positions=64,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+    ),
+    "falcon": transformers.FalconConfig(hidden_size=32, **SMALL),
+}  # fmt: skip
+LLAMA_8B = "meta-llama/Llama-3.1-8B"
+
+
+def real_peak(config, recipe, steps=2):
+    """Peak live bytes of a real model, real adapters, a real optimizer, written as anyone
+    would write the loop.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=recipe.dtype, attn_implementation=recipe.attention
+        )
+        if recipe.lora:
+            import peft
+
+            targets = (
+                "all-linear" if config.model_type == "phi3" else None
+            )  # PEFT knows the others
+            lora = peft.LoraConfig(r=recipe.lora, target_modules=targets)
+            model = peft.get_peft_model(model, lora)
+            if recipe.gradient_checkpointing:
+                model.enable_input_require_grads()
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kinds = {"adamw_torch": {"foreach": True}, "adamw_torch_fused": {"fused": True}}
+    optimizer = torch.optim.AdamW(trained, **kinds[recipe.optimizer])
+    shape = (recipe.batch_size, recipe.sequence_length)
+    ids, labels = torch.ones(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
+    mask = torch.ones(shape, dtype=torch.long)
+    ledger = Ledger()
+    for tensor in [*model.parameters(), *model.buffers(), ids, labels, mask]:
+        ledger.adopt(tensor, "held")
+    with ledger:
+        for _ in range(steps):
+            for _ in range(1 + recipe.gradient_accumulation):
+                model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return ledger.peak
+
+
+def cpu_recipe(**choices):
+    defaults = dict(batch_size=2, sequence_length=24, loss="logits", kernels="cpu")
+    return memory_step.Recipe(**defaults | choices)
+
+
+GRID = list(
+    itertools.product(
+        [False, True], [None, 4], [torch.float32, torch.bfloat16], [False, True]
+    )
+)
+
+
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", TINY)
+def test_fake_equals_real_to_the_byte(kind, attention, part):
+    """Half of the grid (an even number of choices on) is fast, the other half slow."""
+    for checkpointing, lora, dtype, accumulation in GRID:
+        on = checkpointing + (lora is not None) + (dtype == torch.bfloat16) + accumulation
+        if on % 2 != part:
+            continue
+        recipe = cpu_recipe(
+            gradient_checkpointing=checkpointing, lora=lora, dtype=dtype,
+            gradient_accumulation=accumulation, attention=attention,
+        )  # fmt: skip
+        real = real_peak(TINY[kind], recipe)
+        full = memory_step.trace(TINY[kind], recipe).peak()[0]
+        assert full == real, recipe
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", TINY)
+def test_a_stretched_short_trace_equals_the_full_one(kind, checkpointing):
+    """Event by event: the same sizes in the same order, hence the same blocks."""
+    config = memory_step.config_with(TINY[kind], 7)
+    for lora, quantization, kernels in [
+        (None, None, "cpu"),
+        (4, "nf4", "cuda"),
+        (4, "int8", "cuda"),
+    ]:
+        recipe = cpu_recipe(
+            gradient_checkpointing=checkpointing, lora=lora, quantization=quantization,
+            kernels=kernels, gradient_accumulation=checkpointing,
+        )  # fmt: skip
+        full = memory_step.trace(config, recipe)
+        short = memory_step.trace(config, recipe, layers=memory_step.SHORT)
+        assert sorted(e[1:] for e in short.events) == sorted(e[1:] for e in full.events)
+        if (
+            quantization != "int8"
+        ):  # whose inputs die with the graph, in any order, when all is over
+            assert [e[1:] for e in short.events] == [e[1:] for e in full.events]
+        assert (
+            short.on_card()[1] == full.on_card()[1]
+        )  # same blocks, hence the same reserved bytes
+        assert short.peak() == full.peak()
+
+
+def test_foreach_optimizer_needs_one_more_copy_and_equals_the_real_one():
+    for optimizer in ("adamw_torch", "adamw_torch_fused"):
+        # a batch so small that the optimizer step is the peak
+        recipe = cpu_recipe(
+            optimizer=optimizer, dtype=torch.float32, batch_size=1, sequence_length=2
+        )
+        predicted, _, instant, _ = memory_step.trace(TINY["llama"], recipe).peak()
+        assert predicted == real_peak(TINY["llama"], recipe)
+        assert instant == ("optimizer" if optimizer == "adamw_torch" else "backward")
+
+
+def test_irregular_layers_are_traced_in_full():
+    smol = transformers.SmolLM3Config(
+        **GROUPED | {"num_hidden_layers": 5}, no_rope_layer_interval=4, **ENDS
+    )
+    assert memory._irregular(smol, None)
+    assert not memory._irregular(TINY["llama"], None)
+    recipe = cpu_recipe(dtype=torch.float32)
+    assert memory_step.trace(smol, recipe).peak()[0] == real_peak(smol, recipe)
+    # two kinds of layers side by side: the short trace notices and gives way to a full one
+    gemma = transformers.Gemma2Config(
+        **GROUPED | {"num_hidden_layers": 6}, head_dim=8, sliding_window=8, **ENDS
+    )
+    recipe = cpu_recipe(attention="eager", dtype=torch.float32)
+    short = memory_step.trace(gemma, recipe, layers=4)
+    assert (
+        short.peak()[0]
+        == memory_step.trace(gemma, recipe).peak()[0]
+        == real_peak(gemma, recipe)
+    )
+
+
+# ------------------------------------------------------------------ bitsandbytes
+def real_buffers(kind, double, rows=96, columns=160):
+    import bitsandbytes as bnb
+
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(
+            columns, rows, bias=False, has_fp16_weights=False, threshold=6.0
+        )
+        layer = layer.to("cpu")
+        return [layer.weight.data, layer.weight.SCB]
+    layer = bnb.nn.Linear4bit(
+        columns,
+        rows,
+        bias=False,
+        quant_type=kind,
+        compress_statistics=double,
+        compute_dtype=torch.float32,
+    ).to("cpu")
+    state = layer.weight.quant_state
+    tensors = [layer.weight.data, state.absmax, state.code]
+    if double:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "double"),
+    [("int8", False), ("fp4", False), ("fp4", True), ("nf4", False), ("nf4", True)],
+)
+def test_quantized_storage_equals_bitsandbytes(kind, double):
+    real = sorted(t.untyped_storage().nbytes() for t in real_buffers(kind, double))
+    assert sorted(memory_profiles.quantized_sizes(96, 160, kind, double).values()) == real
+    surrogate = memory_profiles.QuantizedLinear(
+        torch.nn.Linear(160, 96, bias=False), kind, double, torch.float32, "current"
+    )
+    tensors = [*surrogate.parameters(), *surrogate.buffers()]
+    assert sorted(t.untyped_storage().nbytes() for t in tensors) == real
+
+
+def test_bits_per_weight_of_a_large_matrix():
+    def bits(double):
+        sizes = memory_profiles.quantized_sizes(4096, 4096, "nf4", double).values()
+        return 8 * sum(sizes) / 4096**2
+
+    assert bits(False) == pytest.approx(4.500030, abs=6e-7)
+    assert bits(True) == pytest.approx(4.127474, abs=6e-7)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_a_quantized_layer_keeps_for_backward_equals_bitsandbytes(kind):
+    """4-bit: the CPU path keeps what CUDA's keeps.
+
+    (8-bit: bitsandbytes trains by another function on the CPU.)
+    """
+    import bitsandbytes as bnb
+
+    def kept(layer):
+        x = torch.randn(8, 160, requires_grad=True)
+        ledger = Ledger()
+        for tensor in [x, *layer.parameters(), *layer.buffers(), *real_state(layer)]:
+            ledger.adopt(tensor, "held")
+        with ledger:
+            y = layer(x)
+            after_forward = ledger.current
+            grad = torch.ones_like(y)
+            y.backward(grad)
+            del y, grad
+        return after_forward - ledger.events[0][1], ledger.current - after_forward
+
+    def real_state(layer):
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:
+            return []
+        return [
+            state.absmax,
+            state.code,
+            state.offset,
+            state.state2.absmax,
+            state.state2.code,
+        ]
+
+    real = bnb.nn.Linear4bit(
+        160,
+        96,
+        bias=False,
+        quant_type=kind,
+        compress_statistics=True,
+        compute_dtype=torch.float32,
+    ).to("cpu")
+    fake = memory_profiles.QuantizedLinear(
+        torch.nn.Linear(160, 96, bias=False), kind, True, torch.float32, "current"
+    )
+    assert kept(fake) == kept(real)
+
+
+def test_int8_on_cuda_keeps_its_input_and_the_book_version_a_quantized_copy_too():
+    def kept(stack):
+        layer = memory_profiles.QuantizedLinear(
+            torch.nn.Linear(160, 96, bias=False), "int8", False, torch.float16, stack
+        )
+        x = torch.zeros(64, 160, dtype=torch.float16, requires_grad=True)
+        ledger = Ledger(unit=1)
+        ledger.adopt(x, "held")
+        with ledger:
+            y = layer(x * 1)  # an input nobody else keeps
+        return ledger.current - x.nbytes - y.nbytes
+
+    assert kept("current") == 64 * 160 * 2
+    assert kept("book") == 64 * 160 * 2 + 64 * 160 + 160 * 4
+
+
+def test_8bit_optimizer_states_equal_bitsandbytes():
+    import bitsandbytes as bnb
+
+    shapes = [(4096,), (100, 100), (63, 65), (50,), (512, 512)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = bnb.optim.AdamW8bit(parameters)
+    for index, parameter in enumerate(parameters):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+    state = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for entry in optimizer.state.values()
+        for t in entry.values()
+        if isinstance(t, torch.Tensor)
+    }
+    sizes, temporaries = memory_profiles.optimizer_bytes(
+        "adamw_8bit", [(p.numel(), 4) for p in parameters]
+    )
+    assert sorted(sizes) == sorted(state.values()) and not temporaries
+    paged = memory_profiles.optimizer_bytes(
+        "paged_adamw_8bit", [(p.numel(), 4) for p in parameters]
+    )[0]
+    assert sum(sizes) - sum(paged) == 2 * 512 * 512  # only the large matrix leaves the card
+
+
+# --------------------------------------------------------- published GPU measurements
+def traced_calls(module, *inputs, calls=3):
+    """Peak bytes of a benchmark's forward and backward calls, on fakes with CUDA's kernels.
+
+    # --------------------------------------------------------- published GPU measurements
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ledger = Ledger()
+    with FakeTensorMode(), memory_profiles.CudaKernels():
+        module = module()
+        tensors = [make() for make in inputs]
+        for tensor in [*tensors, *module.parameters()]:
+            ledger.adopt(tensor, "held")
+        upstream = None
+        with ledger:
+            for _ in range(calls):
+                y = module(*tensors)
+                if y.dim() and upstream is None:
+                    upstream = torch.empty_like(tensors[0])
+                y.backward(upstream, retain_graph=True)
+                del y
+    return ledger, memory_trace.Trace(ledger.events, []).on_card()[0].peak()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "mib"), [(4096, 1280.126), (16384, 5120.126), (65536, 20480.125)]
+)
+def test_published_cross_entropy(words, mib):
+    _, peak = traced_calls(
+        torch.nn.CrossEntropyLoss,
+        lambda: torch.empty(8 * 2048, words, requires_grad=True),
+        lambda: torch.empty(8 * 2048, dtype=torch.long),
+    )
+    assert peak / MIB == pytest.approx(mib, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "mib"), [(1024, 80.0195), (4096, 320.0547), (16384, 1280.1953)]
+)
+def test_published_rms_norm(width, mib):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    _, peak = traced_calls(
+        lambda: LlamaRMSNorm(width),  # the benchmark leaves its weight in float32
+        lambda: torch.empty(2048, width, dtype=torch.bfloat16, requires_grad=True),
+    )
+    assert peak / MIB == pytest.approx(mib, rel=5e-4)
+
+
+def test_published_layer_norm():
+    _, peak = traced_calls(
+        lambda: torch.nn.LayerNorm(1024),
+        lambda: torch.empty(4096, 1024, requires_grad=True),
+    )
+    assert peak / MIB == pytest.approx(80.0625, rel=5e-4)
+
+
+@pytest.mark.parametrize(("tokens", "mib"), [(4096, 6092.2823), (8192, 9162.3135)])
+def test_published_head_and_cross_entropy(tokens, mib):
+    width, words = 4096, 128256
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(width, words, bias=False, dtype=torch.bfloat16)
+            # the benchmark builds the other provider's module beside it
+            self.other = torch.nn.Linear(width, words, bias=False, dtype=torch.bfloat16)
+
+        def forward(self, x, labels):
+            return F.cross_entropy(self.head(x), labels)
+
+    _, peak = traced_calls(
+        Head,
+        lambda: torch.empty(tokens, width, dtype=torch.bfloat16, requires_grad=True),
+        lambda: torch.empty(tokens, dtype=torch.long),
+    )
+    peak += 2 * memory_profiles.CUBLAS_WORKSPACE
+    assert peak / MIB == pytest.approx(mib, rel=5e-4)
+
+
+def test_book_table_5_2():
+    cells = memory.book_cells()
+    assert len(cells) == 48
+    errors = [
+        abs(memory.estimate_training(model, **choices).peak_bytes / measured - 1)
+        for model, choices, measured in cells
+    ]
+    assert statistics.median(errors) <= 0.01
+    assert max(errors) <= 0.07
+
+
+def test_our_trace_beats_the_formulas_on_the_same_cells():
+    table = memory.compare_formulas(memory.book_cells()[::3])
+    assert len(table) >= 5
+    ours = table.loc["traced"]
+    assert (table.drop("traced")["median error"] > 5 * ours["median error"]).all()
+    assert (table.drop("traced")["worst error"] > ours["worst error"]).all()
+
+
+def test_accelerate_arithmetic_is_accelerates():
+    from accelerate.commands.estimate import estimate_training_usage
+
+    config = memory.load_config("facebook/opt-350m")
+    for dtype in ("float32", "float16"):
+        theirs = max(estimate_training_usage(4 * 331_196_416, dtype).values())
+        ours = memory._rules(config, {"dtype": dtype})["accelerate estimate-memory"]
+        assert ours == theirs
+
+
+# ------------------------------------------------------------------ CUDA's choices
+def test_trl_fused_head_keeps_what_trl_keeps(monkeypatch):
+    """trl's own function on the CPU, its tile arithmetic (a Triton kernel on CUDA) left
+    out, byte for byte.
+    """
+    from trl.kernels import chunked_logprob as trl_head
+
+    monkeypatch.setattr(trl_head, "_forward_tile", lambda *a, **k: None)
+    monkeypatch.setattr(trl_head, "_backward_tile", lambda *a, **k: None)
+    monkeypatch.setattr(trl_head, "_addmm_fp32", lambda *a, **k: None)
+    for dtype, trained in itertools.product([torch.float32, torch.bfloat16], [True, False]):
+        logs = []
+        for function in (trl_head.ChunkedLogProbFunction, memory_profiles._FusedHead):
+            hidden = torch.zeros(300, 64, dtype=dtype, requires_grad=True)
+            weight = torch.zeros(1000, 64, dtype=dtype, requires_grad=trained)
+            targets = torch.zeros(300, dtype=torch.long)
+            ledger = Ledger(unit=1)
+            for tensor in (hidden, weight, targets):
+                ledger.adopt(tensor, "held")
+            arguments = _arguments(function, hidden, weight, targets, dtype)
+            with ledger:
+                out = function.apply(*arguments)
+                kept, forward = ledger.current, ledger.peak
+                del out
+                logprobs = function.apply(
+                    *_arguments(function, hidden, weight, targets, dtype)
+                )[0]
+                logprobs.sum().backward()
+            logs.append((kept, forward, ledger.peak))
+        assert logs[0] == logs[1]
+
+
+def _arguments(function, hidden, weight, targets, dtype):
+    if function is memory_profiles._FusedHead:
+        return hidden, weight, None, targets, dtype
+    return (
+        hidden,
+        weight,
+        None,
+        targets,
+        1.0,
+        32768,
+        None,
+        1.0,
+        ("log_probs", "entropy", "is_top1"),
+    )
+
+
+def test_dropout_keeps_one_byte_per_element_as_on_cuda():
+    with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
+        x = torch.zeros(1000, requires_grad=True)
+        y = F.dropout(x, 0.1, True)
+    assert ledger.current == 4000 + 4000 + 1000
+    assert y.grad_fn is not None
+
+
+def test_attention_kernels_and_masks():
+    def kept(mask, dtype=torch.bfloat16, heads=4):
+        shape = (1, heads, 128, 64)
+        q, k, v = (
+            torch.zeros(1, n, 128, 64, dtype=dtype, requires_grad=True)
+            for n in (4, heads, heads)
+        )
+        with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != 4
+            )
+        assert out.shape == (1, 4, 128, 64) and shape
+        return ledger.current - out.nbytes
+
+    rows = 4 * 128 * 4  # one float32 per row and head
+    assert kept(None) == rows + 16  # flash: and a seed and an offset
+    assert kept(None, heads=2) == rows + 16
+    assert kept(None, torch.float32) == rows  # float32 has no flash kernel
+    mask = torch.ones(1, 1, 128, 128, dtype=torch.bool)
+    assert kept(mask) == rows + 128 * 128 * 2  # the mask again, in the queries' dtype
+    # fewer key heads without grouped attention (Falcon): the plain formula, scores and all
+    q = torch.zeros(1, 4, 128, 64, requires_grad=True)
+    k = torch.zeros(1, 1, 128, 64, requires_grad=True)
+    with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
+        out = F.scaled_dot_product_attention(q, k, k, is_causal=True)
+    assert out.shape == q.shape and ledger.current > 4 * 128 * 128 * 4
+
+
+def test_caching_allocator_rules():
+    allocator = CachingAllocator()
+    assert allocator.allocate("a", 1) == 512 and allocator.reserved == 2 * MIB
+    assert allocator.allocate("b", 3 * MIB) == 3 * MIB and allocator.reserved == 22 * MIB
+    # 17 MiB are left; asking for 16.5 would leave half a MiB, too little to split off
+    assert allocator.allocate("c", 16 * MIB + MIB // 2) == 17 * MIB
+    assert (
+        allocator.allocate("d", 11 * MIB) == 12 * MIB - MIB + 0
+        or allocator.reserved == 34 * MIB
+    )
+    assert allocator.free("b") == 3 * MIB
+    assert allocator.free("c") == 17 * MIB
+    assert allocator.allocate("e", 9 * MIB) == 9 * MIB  # neighbors joined: no new segment
+    assert allocator.reserved == 34 * MIB
+
+
+# ------------------------------------------------------------------ laws
+def peak(model=None, **choices):
+    return memory.estimate_training(model or TINY["llama"], **choices).peak_bytes
+
+
+def activations(**choices):
+    recipe = memory_step.Recipe(
+        **dict(
+            gradient_checkpointing=False, dtype=torch.float32, loss="logits", kernels="cpu"
+        )
+        | choices
+    )
+    config = choices.pop("config", TINY["llama"])
+    events = memory_step.trace(config, recipe)
+    forward = dict((name, at) for at, name in events.marks)
+    return sum(size for _, size, _ in events.events[forward["forward"] : forward["loss"]])
+
+
+def test_activations_grow_with_tokens_and_scores_with_their_square():
+    base = activations(batch_size=4, sequence_length=128)
+    assert activations(batch_size=8, sequence_length=128) == pytest.approx(
+        2 * base, rel=0.01
+    )
+    assert activations(batch_size=4, sequence_length=256) == pytest.approx(
+        2 * base, rel=0.01
+    )
+
+    def extra(length):
+        return activations(sequence_length=length, attention="eager") - activations(
+            sequence_length=length
+        )
+
+    # eager keeps softmax and its copy for the product: with float32, two scores per layer
+    # and head
+    assert extra(512) == pytest.approx(4 * extra(256), rel=0.05)
+    assert extra(512) >= 5 * 4 * 512 * 512 * 4
+
+
+def test_layers_add_the_same_each_and_checkpointing_keeps_one_vector_per_token():
+    def at(layers, **choices):
+        config = memory_step.config_with(TINY["llama"], layers)
+        return memory.estimate_training(
+            config, dtype="float32", sequence_length=256, lora=4, **choices
+        ).instants["loss"]
+
+    steps = [at(n + 1) - at(n) for n in (5, 6, 7)]
+    assert max(steps) - min(steps) <= 4096
+    kept = (at(13) - at(5)) / 8
+    whole = (at(13, gradient_checkpointing=False) - at(5, gradient_checkpointing=False)) / 8
+    hidden = 256 * 32 * 4
+    assert hidden <= kept < 3 * hidden + 40_000 < whole
+
+
+def test_every_saving_saves_on_a_ladder():
+    """The order of torchtune's ladder for Llama-3.2-3B, batch 2, sequence 4,096, and of
+    quantization.
+    """
+    model, shared = "meta-llama/Llama-3.2-3B", dict(batch_size=2, sequence_length=4096)
+    config = memory.load_config(model)
+    full_logits = memory_step.Recipe(loss="logits", gradient_checkpointing=False, **shared)
+    ladder = [
+        memory_step.step_log(config, full_logits, layers=4)[0].peak()[0],
+        peak(model, **shared, gradient_checkpointing=False),
+        peak(model, **shared),
+        peak(model, **shared, optimizer="adamw_8bit"),
+        peak(model, **shared, optimizer="paged_adamw_8bit"),
+        peak(model, **shared, lora=16),
+    ]
+    assert ladder == sorted(ladder, reverse=True) and len(set(ladder)) == 6
+    foreach = peak(model, **shared, optimizer="adamw_torch")
+    assert foreach > ladder[2]
+    qlora = peak(model, **shared, lora=16, quantization="nf4")
+    plain4 = peak(model, **shared, lora=16, quantization="nf4", double_quantization=False)
+    assert qlora < plain4 < peak(model, **shared, lora=16)
+
+
+def test_longest_context_grows_with_the_card():
+    choices = dict(quantization="nf4", lora=32, attention="flash_attention_2", stack="book")
+    found = [
+        memory.find_largest(LLAMA_8B, size, **choices).recipe.sequence_length
+        for size in ("16GiB", "24GiB", "40GiB")
+    ]
+    assert found == sorted(set(found))
+    estimate = memory.estimate_training(LLAMA_8B, **choices | {"sequence_length": found[0]})
+    assert estimate.fits("16GiB")
+    longer = found[0] + 64 * (2 + found[0] // 64 // 16)
+    assert not memory.estimate_training(
+        LLAMA_8B, **choices | {"sequence_length": longer}
+    ).fits("16GiB")
+    with pytest.raises(ValueError, match="not even sequence_length=64"):
+        memory.find_largest(LLAMA_8B, "1GiB", **choices)
+
+
+def test_mixed_precision_and_packing():
+    full = memory.estimate_training(TINY["llama"], dtype="float32", sequence_length=64)
+    mixed = memory.estimate_training(
+        TINY["llama"], dtype="float32", mixed_precision="bf16", sequence_length=64
+    )
+    assert mixed.parts["weights"] == full.parts["weights"]
+    assert mixed.peak_bytes != full.peak_bytes
+    rows = memory.estimate_training(TINY["llama"], batch_size=4, sequence_length=64)
+    packed = memory.estimate_training(
+        TINY["llama"], batch_size=4, sequence_length=64, packing=True
+    )
+    flash = memory.estimate_training(
+        TINY["llama"],
+        batch_size=4,
+        sequence_length=64,
+        packing=True,
+        attention="flash_attention_2",
+    )
+    assert (
+        packed.peak_bytes - rows.peak_bytes > 256 * 256
+    )  # SDPA needs the block-diagonal mask
+    assert flash.peak_bytes < packed.peak_bytes
+
+
+def test_accumulation_keeps_gradients_alive():
+    once = memory.estimate_training(TINY["llama"], sequence_length=64)
+    more = memory.estimate_training(
+        TINY["llama"], sequence_length=64, gradient_accumulation=True
+    )
+    assert (
+        more.instants["forward"] - once.instants["forward"] >= once.parts["weights"] * 0.9
+    )
+
+
+# ------------------------------------------------------------------ the result
+def test_estimate_reports_itself():
+    estimate = memory.estimate_training("opt-350m", lora=8, sequence_length=128)
+    assert sum(estimate.parts.values()) == estimate.peak_bytes
+    assert estimate.peak_instant in estimate.instants
+    assert estimate.instants[estimate.peak_instant] == estimate.peak_bytes
+    low, high = estimate.margin
+    assert 0.2e9 < low < high
+    assert estimate.reserved_bytes >= estimate.peak_bytes
+    assert estimate.fits("T4") and estimate.fits(15 * 2**30) and not estimate.fits("1GB")
+    assert estimate.verdict("1GB") == "no"
+    text, page = str(estimate), estimate._repr_html_()
+    assert "opt-350m" in text and "GiB" in text and "T4" in page and "weights" in page
+    figure = estimate.plot("T4")
+    assert len(figure.axes) == 2 and figure.axes[0].get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"),
+    [("T4", 15 * 2**30), ("a100-40gb", 40 * 2**30), ("4090", 24 * 2**30), ("16 GiB", 2**34),
+     ("16GB", 16 * 10**9), ("1.5g", 15 * 10**8), (123, 123)],
+)  # fmt: skip
+def test_sizes(size, bytes_):
+    assert memory.parse_size(size) == bytes_
+
+
+def test_catalogue_has_the_published_number_of_parameters():
+    for name, entry in memory._catalog().items():
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(memory.load_config(name))
+        assert sum(p.numel() for p in model.parameters()) == entry["parameters"], name
+        assert entry["source"]
+    assert len(memory.catalogue()) == len(memory._catalog()) > 25
+
+
+def test_models_by_config_name_path_and_dict(tmp_path):
+    config = memory.load_config("SmolLM2-135M-Instruct")
+    config.save_pretrained(tmp_path)
+    peaks = {
+        peak(m, sequence_length=64)
+        for m in (
+            config,
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            tmp_path,
+            str(tmp_path / "config.json"),
+        )
+    }
+    assert len(peaks) == 1
+    assert memory.load_config(config.to_dict()).hidden_size == 576
+
+
+def test_lora_config_objects():
+    from peft import LoraConfig
+
+    by_rank = peak(lora=4)
+    assert peak(lora=LoraConfig(r=4)) == by_rank
+    assert peak(lora=LoraConfig(r=4, target_modules="all-linear")) > by_rank
+    assert peak(lora=LoraConfig(r=4, use_dora=True)) > by_rank
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (dict(quantization="nf4"), "needs lora"),
+        (dict(quantization="int4", lora=4), "'nf4'"),
+        (dict(optimizer="adam"), "adamw_torch"),
+        (dict(dtype="int8"), "bfloat16"),
+        (dict(attention="flash"), "flash_attention_2"),
+        (dict(attention="flash_attention_2", dtype="float32"), "no float32 kernels"),
+        (dict(mixed_precision="fp8"), "bf16"),
+        (dict(stack="old"), "current"),
+        (dict(batch_size=0), "batch_size"),
+        (dict(sequence_length=1.5), "sequence_length"),
+        (dict(lora=-1), "rank of at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(choices, message):
+    with pytest.raises(ValueError, match=message):
+        memory.estimate_training(TINY["llama"], **choices)
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(TypeError, match="lora"):
+        peak(lora="16")
+    with pytest.raises(TypeError, match="model must be"):
+        memory.estimate_training(3)
+    with pytest.raises(ValueError, match="2048 positions"):
+        peak("opt-350m", sequence_length=4096)
+    with pytest.raises(ValueError, match=r"not in the catalogue.*Llama"):
+        memory.load_config("llama-3.1-9b")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.MixtralConfig(), "mixture of experts"),
+        (transformers.MambaConfig(), "recurrent"),
+        (transformers.BertConfig(), "encoder"),
+        (transformers.ViTConfig(), "no causal language model"),
+    ],
+)
+def test_refuses_what_it_cannot_model(config, message):
+    with pytest.raises(ValueError, match=message):
+        memory.estimate_training(config)
+
+
+def test_a_model_that_breaks_while_traced_is_refused(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def broken(self, x):
+        return x * float(x.sum())  # needs a value, and fakes have none
+
+    monkeypatch.setattr(LlamaMLP, "forward", broken)
+    config = transformers.LlamaConfig(**GROUPED | {"vocab_size": 130})
+    before = global_state()
+    with pytest.raises(ValueError, match="broke while being traced"):
+        memory.estimate_training(config)
+    assert global_state() == before
+
+
+def global_state():
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from transformers import masking_utils
+    from transformers.models.opt import modeling_opt
+
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.get_rng_state().sum().item(),
+        masking_utils.find_packed_sequence_indices,
+        modeling_opt.eager_attention_forward,
+        torch.overrides._len_torch_function_stack()
+        if hasattr(torch.overrides, "_len_torch_function_stack")
+        else 0,
+        len(_get_current_dispatch_mode_stack()),
+        torch.is_autocast_enabled("cpu"),
+        list(warnings.filters),
+        transformers.utils.logging.get_verbosity(),
+        memory_step.logging.root.manager.disable,
+    )
+
+
+def test_leaves_no_global_state_behind():
+    before = global_state()
+    memory.estimate_training(
+        TINY["opt"], stack="book", lora=4, attention="eager", sequence_length=33
+    )
+    with torch.no_grad():
+        memory.estimate_training(TINY["llama"], dtype="float16", sequence_length=33)
+        assert not torch.is_grad_enabled()
+    with contextlib.suppress(ValueError):
+        memory.estimate_training(transformers.Gemma2Config(**GROUPED, head_dim=8, **ENDS))
+    assert global_state() == before
+
+
+def test_gemma2_with_sdpa_says_eager():
+    config = transformers.Gemma2Config(**GROUPED, head_dim=8, **ENDS)
+    with pytest.raises(ValueError, match="attention='eager'"):
+        memory.estimate_training(config, attention="sdpa")
+
+
+# ------------------------------------------------------------------ measure, napkin, plan
+def test_measure_counts_live_bytes_on_the_cpu():
+    held = torch.zeros(1000)
+    with memory.measure("cpu") as measured:
+        a = held + 1
+        b = a * 2
+        del a
+        c = b[:10].clone()
+    assert measured.peak_bytes == 4000 + 4000 + 4000  # held, a and b
+    assert c.numel() == 10 and "peak 0.0 MB" in str(measured)
+    with pytest.raises(RuntimeError), memory.measure("cpu") as measured:
+        torch.zeros(500)
+        raise RuntimeError
+    assert measured.peak_bytes == 2000
+    with memory.measure("cpu") as measured:
+        torch.zeros(250).sum()
+    assert measured.peak_bytes == 1004
+
+
+def test_measure_and_estimate_agree_on_a_real_step():
+    config = transformers.Qwen2Config(
+        hidden_size=256,
+        intermediate_size=512,
+        num_key_value_heads=2,
+        **SMALL | {"vocab_size": 2000},
+    )
+    choices = dict(dtype=torch.float32, sequence_length=64, batch_size=1)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    with memory.measure("cpu") as measured:
+        for _ in range(2):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    predicted = memory_step.trace(config, cpu_recipe(**choices)).peak()[0]
+    assert predicted == pytest.approx(
+        measured.peak_bytes, rel=0.01
+    )  # one rounds to 512, one does not
+
+
+def test_napkin_is_the_chapters_arithmetic():
+    parts = memory.napkin(
+        "Llama-2-7b-hf", gradient_checkpointing=False, batch_size=2, sequence_length=100
+    )
+    assert parts["weights"] == 2 * (12 * 32 * 4096**2 + 32000 * 4096)
+    assert parts["activations"] == 34 * 200 * 4096 * 32
+    assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
+    eager = memory.napkin(
+        "Llama-2-7b-hf",
+        gradient_checkpointing=False,
+        batch_size=2,
+        sequence_length=100,
+        attention="eager",
+    )
+    assert eager["activations"] - parts["activations"] == 5 * 32 * 100**2 * 2 * 32
+    assert memory.NAPKIN_LEAVES_OUT
+
+
+def plan(text):
+    parser = argparse.ArgumentParser()
+    memory.add_arguments(parser)
+    return memory.main(parser.parse_args(text.split()))
+
+
+def test_plan_on_the_command_line(capsys):
+    assert (
+        plan(
+            "--model SmolLM2-135M-Instruct --quantization nf4 --rank 4 --sequence-length 64"
+        )
+        == 0
+    )
+    assert "peak" in capsys.readouterr().out
+    assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 4GiB --vary batch_size") == 0
+    assert "largest batch_size" in capsys.readouterr().out
+    assert plan("--list") == 0 and "Phi-3-mini" in capsys.readouterr().out
+    assert plan("--model SmolLM2-135M-Instruct --quantization nf4") == 1
+    assert "needs lora" in capsys.readouterr().err
+    assert plan("--rank 4") == 2
+
+
+def test_a_second_prediction_reuses_the_first(monkeypatch):
+    memory.estimate_training(TINY["qwen3"], sequence_length=40)
+    monkeypatch.setattr(memory_step, "trace", lambda *a, **k: pytest.fail("traced again"))
+    memory.estimate_training(TINY["qwen3"], sequence_length=40)
+
+
+SPEED = """
+import resource, sys, time
+from helpers import memory
+from transformers.models.llama import modeling_llama
+times = []
+for length in (1024, 1088):
+    start = time.perf_counter()
+    choices = dict(quantization="nf4", lora=16, sequence_length=length)
+    memory.estimate_training(sys.argv[1], **choices)
+    times.append(time.perf_counter() - start)
+print(*times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "limit"), [(LLAMA_8B, 20), ("SmolLM2-135M-Instruct", 3)])
+def test_prediction_is_quick_and_light(model, limit):
+    out = subprocess.run(
+        [sys.executable, "-c", SPEED, model], capture_output=True, text=True, check=True
+    ).stdout
+    first, second, gib = map(float, out.split()[-3:])
+    assert first < limit and second < first / 2 and gib < 4
+
+
+def test_rounding():
+    assert [rounded(n) for n in (0, 1, 512, 513)] == [0, 512, 512, 1024]
