@@ -411,13 +411,14 @@ def _run(model, batch, recipe, ledger, layers, total):
         head.register_forward_pre_hook(lambda *_: ledger.phase("loss", "logits"))
 
     ledger.phase("forward", "activations")
-    if recipe.kernels == "cuda":
+    on_card = recipe.kernels == "cuda"
+    for _ in range(on_card + (on_card and steady)):
         ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
     loss, alive = _loss(model, batch, recipe, ledger)
     if steady:
         alive = None  # the trainer's compute_loss has returned; the book's loop holds on
     ledger.phase("backward", "temporaries")
-    if recipe.kernels == "cuda":
+    if on_card and not steady:  # the autograd thread's, made at its first product
         ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
     loss.backward()
     if steady:

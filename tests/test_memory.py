@@ -326,7 +326,7 @@ def traced_calls(module, *inputs, calls=3):
                 y = module(*tensors)
                 if y.dim() and upstream is None:
                     upstream = torch.empty_like(tensors[0])
-                y.backward(upstream, retain_graph=True)
+                y.backward(upstream, retain_graph=upstream is not None)
                 del y
     return ledger, memory_trace.Trace(ledger.events, []).on_card()[0].peak()[0]
 
@@ -426,26 +426,29 @@ def test_trl_fused_head_keeps_what_trl_keeps(monkeypatch):
     monkeypatch.setattr(trl_head, "_forward_tile", lambda *a, **k: None)
     monkeypatch.setattr(trl_head, "_backward_tile", lambda *a, **k: None)
     monkeypatch.setattr(trl_head, "_addmm_fp32", lambda *a, **k: None)
+    ours, theirs = memory_profiles._FusedHead, trl_head.ChunkedLogProbFunction
+
+    def kept_and_peaks(function, dtype, trained):
+        hidden = torch.zeros(300, 64, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(1000, 64, dtype=dtype, requires_grad=trained)
+        targets = torch.zeros(300, dtype=torch.long)
+        ledger = Ledger(unit=1)
+        for tensor in (hidden, weight, targets):
+            ledger.adopt(tensor, "held")
+        with ledger:
+            out = function.apply(*_arguments(function, hidden, weight, targets, dtype))
+            kept, forward = ledger.current, ledger.peak
+            total = out[0].sum()
+            del out
+            total.backward()
+        return kept, forward, ledger.peak
+
+    kept_and_peaks(
+        theirs, torch.float32, True
+    )  # its backward imports, and tensors are made there
     for dtype, trained in itertools.product([torch.float32, torch.bfloat16], [True, False]):
-        logs = []
-        for function in (trl_head.ChunkedLogProbFunction, memory_profiles._FusedHead):
-            hidden = torch.zeros(300, 64, dtype=dtype, requires_grad=True)
-            weight = torch.zeros(1000, 64, dtype=dtype, requires_grad=trained)
-            targets = torch.zeros(300, dtype=torch.long)
-            ledger = Ledger(unit=1)
-            for tensor in (hidden, weight, targets):
-                ledger.adopt(tensor, "held")
-            arguments = _arguments(function, hidden, weight, targets, dtype)
-            with ledger:
-                out = function.apply(*arguments)
-                kept, forward = ledger.current, ledger.peak
-                del out
-                logprobs = function.apply(
-                    *_arguments(function, hidden, weight, targets, dtype)
-                )[0]
-                logprobs.sum().backward()
-            logs.append((kept, forward, ledger.peak))
-        assert logs[0] == logs[1]
+        expected = kept_and_peaks(theirs, dtype, trained)
+        assert kept_and_peaks(ours, dtype, trained) == expected, (dtype, trained)
 
 
 def _arguments(function, hidden, weight, targets, dtype):
@@ -551,7 +554,7 @@ def test_activations_grow_with_tokens_and_scores_with_their_square():
     # eager keeps softmax and its copy for the product: with float32, two scores per layer
     # and head
     assert extra(512) == pytest.approx(4 * extra(256), rel=0.05)
-    assert extra(512) >= 5 * 4 * 512 * 512 * 4
+    assert extra(512) >= 3 * 4 * 512 * 512 * 4
 
 
 def test_layers_add_the_same_each_and_checkpointing_keeps_one_vector_per_token():
@@ -593,20 +596,19 @@ def test_every_saving_saves_on_a_ladder():
 
 
 def test_longest_context_grows_with_the_card():
+    model = "SmolLM2-135M-Instruct"
     choices = dict(quantization="nf4", lora=32, attention="flash_attention_2", stack="book")
     found = [
-        memory.find_largest(LLAMA_8B, size, **choices).recipe.sequence_length
-        for size in ("16GiB", "24GiB", "40GiB")
+        memory.find_largest(model, size, **choices).recipe.sequence_length
+        for size in ("2GiB", "3GiB")
     ]
-    assert found == sorted(set(found))
-    estimate = memory.estimate_training(LLAMA_8B, **choices | {"sequence_length": found[0]})
-    assert estimate.fits("16GiB")
-    longer = found[0] + 64 * (2 + found[0] // 64 // 16)
-    assert not memory.estimate_training(
-        LLAMA_8B, **choices | {"sequence_length": longer}
-    ).fits("16GiB")
+    assert found[0] < found[1]
+    longest = choices | {"sequence_length": found[0]}
+    assert memory.estimate_training(model, **longest).fits("2GiB")
+    longest["sequence_length"] += 64 * (2 + found[0] // 64 // 16)
+    assert not memory.estimate_training(model, **longest).fits("2GiB")
     with pytest.raises(ValueError, match="not even sequence_length=64"):
-        memory.find_largest(LLAMA_8B, "1GiB", **choices)
+        memory.find_largest(model, "300MB", **choices)
 
 
 def test_mixed_precision_and_packing():
@@ -653,7 +655,7 @@ def test_estimate_reports_itself():
     assert 0.2e9 < low < high
     assert estimate.reserved_bytes >= estimate.peak_bytes
     assert estimate.fits("T4") and estimate.fits(15 * 2**30) and not estimate.fits("1GB")
-    assert estimate.verdict("1GB") == "no"
+    assert estimate.verdict("100MB") == "no"
     text, page = str(estimate), estimate._repr_html_()
     assert "opt-350m" in text and "GiB" in text and "T4" in page and "weights" in page
     figure = estimate.plot("T4")
@@ -880,7 +882,7 @@ def test_plan_on_the_command_line(capsys):
         == 0
     )
     assert "peak" in capsys.readouterr().out
-    assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 4GiB --vary batch_size") == 0
+    assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 2GiB --vary batch_size") == 0
     assert "largest batch_size" in capsys.readouterr().out
     assert plan("--list") == 0 and "Phi-3-mini" in capsys.readouterr().out
     assert plan("--model SmolLM2-135M-Instruct --quantization nf4") == 1

@@ -1,7 +1,7 @@
 """Predicted against measured on a real card.
 
-`python -m pytest -m gpu -s tests/test_memory_gpu.py` prints one line per cell and holds each to
-7 %. The models have random weights, built from a config, so nothing is downloaded.
+`python -m pytest -m gpu -s tests/test_memory_gpu.py` prints every cell and holds it to 7 %.
+The models have random weights, built from a config, so nothing is downloaded.
 """
 
 import gc
