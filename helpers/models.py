@@ -90,7 +90,18 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
 
     source = _source(name)
     with _readable_hub_errors(source):
-        return AutoModelForCausalLM.from_pretrained(source, **settings)
+        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    return _keep_trainable(model)
+
+
+def _keep_trainable(model):
+    # On a CPU with AVX512-BF16 a 4-bit layer of bitsandbytes would repack itself for an
+    # inference kernel at its first forward in eval mode. That kernel has no gradient, so
+    # training after an evaluation would silently leave the adapters where they are.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def quantization_config(quantization, compute_dtype):

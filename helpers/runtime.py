@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -158,8 +159,8 @@ def native_dtype(device="cpu"):
     """The fastest dtype the hardware multiplies *natively*: bfloat16, float16 or float32.
 
     A T4 answers "yes" when asked whether bfloat16 is supported, because it is emulated;
-    the honest question excludes emulation. On a CPU, bfloat16 is worth it only with
-    AVX512-BF16 or AMX instructions; elsewhere float32 is faster (Chapters 2 and 5).
+    the honest question excludes emulation. A CPU may have bfloat16 instructions and still
+    be faster in float32: a short race decides (Chapters 2 and 5).
     """
     import torch
 
@@ -169,8 +170,30 @@ def native_dtype(device="cpu"):
     if device != "cpu":
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32
+    if not any(getattr(torch.cpu, probe, bool)() for probe in probes):
+        return torch.float32
+    return torch.bfloat16 if bfloat16_speedup() > 1.25 else torch.float32
+
+
+@functools.cache
+def bfloat16_speedup():
+    """How many times faster than float32 this CPU multiplies in bfloat16 (raced once).
+
+    The best of several turns each, on matrices of the embedded model's size.
+    """
+    import torch
+
+    matrices = {
+        dtype: (torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    best = dict.fromkeys(matrices, float("inf"))
+    for _ in range(8):
+        for dtype, (inputs, weight) in matrices.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(inputs, weight)
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def _attention(device):

@@ -1,0 +1,209 @@
+"""What SFTTrainer does not offer: a lean loss, live curves, machine settings (Chapter 0).
+
+TRL trains; these are the few pieces around it that make a 2-core laptop a place to
+fine-tune: see `tests/benchmarks/cpu_training.py` for what each of them buys.
+"""
+
+import contextlib
+import functools
+import time
+
+import torch
+from torch.nn import functional
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+
+def machine_settings(runtime):
+    """`SFTConfig` keywords that the machine decides, not the lesson (Chapter 0).
+
+    runtime: what `runtime.start()` returned. On a CPU activation checkpointing is off
+    (memory is plenty, recomputing costs time) and so is autocast, since the model was
+    loaded in the dtype it should compute in. A GPU gets autocast in its native 16-bit
+    type. Rows of similar length share a batch, so that little padding is computed.
+    """
+    on_gpu = runtime.device == "cuda"
+    return {
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and runtime.compute_dtype == torch.bfloat16,
+        "fp16": on_gpu and runtime.compute_dtype == torch.float16,
+        "activation_checkpointing": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "train_sampling_strategy": "group_by_length",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+@contextlib.contextmanager
+def dequantized_once(model):
+    """Keep frozen 4-bit weights unpacked inside the block: time for memory (Chapter 0).
+
+    bitsandbytes unpacks every weight at every use, twice per training step, which is what
+    makes a large model fit on a small card. With memory to spare (here: 4 bytes per weight
+    in float32) once is enough; the numbers are the same ones. Does nothing where there is
+    no 4-bit layer; the layers are themselves again after the block.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        layer.forward = functools.partial(functional.linear, weight=weight, bias=layer.bias)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class LeanSFTTrainer(SFTTrainer):
+    """SFTTrainer that computes vocabulary scores only where a label is trained.
+
+    The same loss and gradients as SFTTrainer's (tested), without scores for the prompt
+    and padding and without entropy metrics, which on a CPU cost more than the adapters.
+    On a CPU all that is not quantized shares one dtype, and 4-bit weights are unpacked
+    once per run instead of twice per step (`match_dtypes`, `dequantized_once`).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.use_cpu:  # a GPU mixes types for free, and has no memory to spare
+            match_dtypes(self.model)
+
+    def train(self, *args, **kwargs):
+        """Train as the parent does; on a CPU, with weights dequantized once."""
+        context = (
+            dequantized_once(self.model) if self.args.use_cpu else contextlib.nullcontext()
+        )
+        with context:
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean cross-entropy over the trained tokens of the (accumulated) batch."""
+        if return_outputs:
+            return super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        # The scores at position t predict the token at t + 1.
+        targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
+        trained = targets != -100
+        with _scores_only_at(model, trained):
+            logits = model(**inputs, use_cache=False).logits
+        loss = functional.cross_entropy(logits.float(), targets[trained], reduction="sum")
+        if num_items_in_batch is None:
+            return loss / trained.sum().clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return loss / num_items_in_batch
+
+
+@contextlib.contextmanager
+def _scores_only_at(model, positions):
+    # The head is the last thing a language model computes. Narrowing what goes in leaves
+    # everything after it (scaling, soft caps) to the model's own forward.
+    unwrapped = getattr(model, "module", model)
+    head = unwrapped.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][positions],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def match_dtypes(model):
+    """Cast what is not quantized to the dtype the model computes in; returns the model.
+
+    Adapters and the base may disagree (TRL makes adapters of 4-bit models bfloat16,
+    `prepare_model_for_kbit_training` makes norms and embeddings float32), and every
+    disagreement is a cast per layer and step, or silently the slower kind of product.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    dtype = getattr(config, "bnb_4bit_compute_dtype", None) or model.dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class LiveLoss(TrainerCallback):
+    """Draws the loss while training runs, with its held-out twin where there is one.
+
+    Add it to a trainer: `callbacks=[LiveLoss()]`. In a notebook one figure is redrawn at
+    every log and stays when training ends; in a terminal it prints a line per log.
+    `.table()` gives the numbers as a DataFrame, `.plot()` the figure, afterwards too.
+    """
+
+    def __init__(self):
+        self.history = []
+        self._handle = None
+        self._started = None
+
+    def on_train_begin(self, args, state, control, **_):
+        """Start the clock."""
+        self.history.clear()
+        self._handle = None
+        self._started = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Take the newest figures and redraw."""
+        if not logs or not {"loss", "eval_loss"} & set(logs):
+            return
+        entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 2)}
+        entry["seconds"] = round(time.perf_counter() - self._started, 1)
+        if "loss" in logs:
+            entry["loss"] = logs["loss"]
+        if "eval_loss" in logs:
+            entry["held-out loss"] = logs["eval_loss"]
+        self._merge(entry)
+        self._show()
+
+    def _merge(self, entry):
+        if self.history and self.history[-1]["step"] == entry["step"]:
+            self.history[-1].update(entry)
+        else:
+            self.history.append(entry)
+
+    def _show(self):
+        from IPython import get_ipython
+
+        if get_ipython() is None:
+            print("  ".join(f"{name} {value}" for name, value in self.history[-1].items()))
+            return
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(self.plot(), display_id=True)
+        else:
+            self._handle.update(self.plot())
+
+    def table(self):
+        """What was logged: step, epoch, seconds, loss and held-out loss, as a DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history).set_index("step")
+
+    def plot(self):
+        """The loss against the step, on a logarithmic scale; a matplotlib Figure."""
+        from helpers import plots
+
+        fig, ax = plots.figure(height=2.8)
+        for name, color, marker in (
+            ("loss", "blue", ""),
+            ("held-out loss", "orange", "o"),
+        ):
+            points = [(row["step"], row[name]) for row in self.history if name in row]
+            if points:
+                ax.plot(
+                    *zip(*points, strict=True),
+                    color=plots.COLORS[color],
+                    marker=marker,
+                    label=name,
+                )
+        ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
+        ax.set_title("Training loss")
+        ax.legend()
+        return fig

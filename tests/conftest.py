@@ -1,0 +1,25 @@
+"""Shared by all tests: one copy of the embedded model and its tokenizer per run."""
+
+import os
+
+import pytest
+
+# Unit tests are many small operations: more threads only wait for each other.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded model in float32, shared; do not change it (deepcopy instead)."""
+    from helpers import models
+
+    model = models.load_model(models.EMBEDDED, device="cpu", attention="sdpa")
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def tokenizer():
+    """A fresh copy of the embedded model's tokenizer, as shipped."""
+    from helpers import models
+
+    return models.load_tokenizer(models.EMBEDDED)

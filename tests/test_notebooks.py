@@ -1,0 +1,209 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from helpers import notebooks
+
+ROOT = notebooks.root()
+WRITTEN = notebooks.written()
+
+
+def make(tmp_path, monkeypatch, *sources, tags=None):
+    """A small course of one notebook in a temporary folder."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    for index, cell in enumerate(cells):
+        cell.metadata["tags"] = (tags or {}).get(index, [])
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbformat.write(notebook, tmp_path / "Chapter0.ipynb")
+    monkeypatch.setattr(notebooks, "root", lambda: tmp_path)
+    return tmp_path / "Chapter0.ipynb"
+
+
+# ── the stored notebooks ─────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name", WRITTEN)
+def test_stored_notebooks_are_clean(name):
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert notebooks.complaints(notebook) == []
+    assert "widgets" not in notebook.metadata
+    counts = [c.execution_count for c in notebook.cells if c.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "one clean top-to-bottom run"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_notebook_has_the_badge_and_the_same_bootstrap(name):
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    sources = [cell.source for cell in notebook.cells]
+    assert notebooks.badge(name) in sources
+    tagged = [
+        cell.source
+        for cell in notebook.cells
+        if "bootstrap" in cell.metadata.get("tags", [])
+    ]
+    assert tagged == [notebooks.bootstrap()]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_local_links_lead_somewhere(name):
+    import re
+
+    text = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
+    future = {f"{chapter}.ipynb" for chapter in notebooks.CHAPTERS} | {
+        "AppendixA.md",
+        "FAQ.md",
+        "Troubleshooting.md",
+    }
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+        assert (ROOT / target).exists() or target in future, target
+
+
+# ── running ──────────────────────────────────────────────────────────────────────────────
+def test_a_run_leaves_an_executed_copy_and_the_original(tmp_path, monkeypatch):
+    path = make(tmp_path, monkeypatch, "print(6 * 7)", "1 / 3")
+    before = path.read_bytes()
+    executed = notebooks.run("0", progress=False)
+    assert executed == tmp_path / "outputs" / "chapter0" / "Chapter0.ipynb"
+    outputs = nbformat.read(executed, as_version=4).cells
+    assert outputs[0].outputs[0].text == "42\n"
+    assert path.read_bytes() == before
+    notebooks.run("chapter0.ipynb", write=True, progress=False)
+    assert "42" in path.read_text()
+
+
+def test_a_failing_cell_is_named_with_its_source(tmp_path, monkeypatch):
+    make(tmp_path, monkeypatch, "x = 1", "undefined_name + x")
+    with pytest.raises(notebooks.NotebookError) as error:
+        notebooks.run("Chapter0", write=True, progress=False)
+    message = str(error.value)
+    assert "code cell 2 of 2" in message
+    assert "undefined_name + x" in message and "NameError" in message
+
+
+def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
+    path = make(
+        tmp_path, monkeypatch, "raise ValueError('see?')", tags={0: ["raises-exception"]}
+    )
+    notebooks.run("Chapter0", write=True, progress=False)
+    assert nbformat.read(path, as_version=4).cells[0].outputs[0].evalue == "see?"
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("import sys; print('careful', file=sys.stderr)", "stderr"),
+        ("import os; print(os.path.expanduser('~/x'), '/home/me/x')", "absolute path"),
+        ("print('10%|\u2588\u2588 1.2it/s]')", "debris"),
+    ],
+)
+def test_what_trips_readers_is_not_stored(tmp_path, monkeypatch, source, complaint):
+    path = make(tmp_path, monkeypatch, source)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=complaint):
+        notebooks.run("Chapter0", write=True, progress=False)
+    assert path.read_bytes() == before
+
+
+def test_cleaning_keeps_the_still_picture_of_an_explorer(tmp_path, monkeypatch):
+    source = (
+        "from helpers import plots, widgets\n"
+        "def draw(power):\n"
+        "    fig, ax = plots.figure(width=2, height=1)\n"
+        "    ax.plot([x**power for x in range(5)])\n"
+        "    return fig\n"
+        "widgets.explore(draw, power=(1, 3, 1, 2))"
+    )
+    path = make(tmp_path, monkeypatch, source)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebooks.run("0", write=True, progress=False)
+    notebook = nbformat.read(path, as_version=4)
+    data = notebook.cells[0].outputs[0].data
+    assert "image/png" in data
+    assert notebooks.WIDGET_VIEW not in data
+    assert "widgets" not in notebook.metadata
+
+
+def test_unknown_chapters_list_the_written_ones():
+    with pytest.raises(ValueError, match="Chapter0"):
+        notebooks.find("Chapter99")
+    assert notebooks.find("b" if "AppendixB" in WRITTEN else "0").is_file()
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = make(tmp_path, monkeypatch, "1")
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        notebooks._write(nbformat.v4.new_notebook(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["Chapter0.ipynb"]
+
+
+def test_the_command_line_reports_a_failure(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", "run", "Chapter99"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "name must be one of" in done.stderr and "Traceback" not in done.stderr
+
+
+# ── the bootstrap cell ───────────────────────────────────────────────────────────────────
+def test_the_bootstrap_does_nothing_where_helpers_imports(tmp_path):
+    code = notebooks.bootstrap() + "\nprint(os.getcwd())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).resolve() == tmp_path.resolve()
+
+
+def test_nothing_is_installed_where_all_is_there(capsys):
+    notebooks.install_missing()
+    assert capsys.readouterr().out == ""
+
+
+# ── every chapter, top to bottom ─────────────────────────────────────────────────────────
+def run_offline(name):
+    """Run a chapter the way a reader would, without a network where that can be arranged."""
+    command = [sys.executable, "-m", "helpers", "run", name]
+    if os.geteuid() == 0:
+        command = ["unshare", "-n", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+
+
+def test_chapter0_runs_top_to_bottom_and_its_model_has_learned():
+    done = run_offline("Chapter0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The adapter lies in outputs/chapter0/adapter" in done.stdout
+    scores = json.loads((ROOT / "outputs/chapter0/scores.json").read_text())
+    assert scores["fine-tuned"]["exact match (%)"] >= 80
+    assert scores["fine-tuned"]["valid order (%)"] >= 90
+    assert scores["fine-tuned"]["chrF"] >= 95
+    assert scores["base"]["exact match (%)"] < 10
+    assert complaints_of("Chapter0") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name != "Chapter0"])
+def test_chapters_run_top_to_bottom(name):
+    done = run_offline(name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert complaints_of(name) == []
+
+
+def complaints_of(name):
+    executed = nbformat.read(
+        ROOT / "outputs" / name.lower() / f"{name}.ipynb", as_version=4
+    )
+    return notebooks.complaints(executed)

@@ -1,0 +1,215 @@
+import copy
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from helpers import chat, data, models, runtime, training
+
+
+@pytest.fixture
+def prepared(tokenizer):
+    tokenizer.chat_template = chat.chatml_template()
+    return chat.prepare_tokenizer(tokenizer)
+
+
+@pytest.fixture
+def rows():
+    return data.load_yoda("train").select(range(8))
+
+
+def tiny(**changes):
+    """A small random model with the embedded model's vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        **changes,
+    )
+    return LlamaForCausalLM(config)
+
+
+def settings(folder, **changes):
+    basics = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    machine = training.machine_settings(runtime.detect())
+    cpu_only = {"use_cpu": True, "activation_checkpointing": False, "bf16": False}
+    return SFTConfig(**{**machine, **basics, **cpu_only, "fp16": False, **changes})
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_lean_loss_is_the_stock_loss(tmp_path, prepared, rows, accumulation):
+    logged = []
+    for kind in (SFTTrainer, training.LeanSFTTrainer):
+        trainer = kind(
+            model=tiny(),
+            args=settings(tmp_path, gradient_accumulation_steps=accumulation),
+            train_dataset=rows,
+            processing_class=prepared,
+        )
+        logged.append(losses(trainer))
+    assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+    assert logged[0][1] < logged[0][0]
+
+
+def test_the_lean_gradients_are_the_stock_gradients(tmp_path, prepared, rows):
+    gradients = []
+    for kind in (SFTTrainer, training.LeanSFTTrainer):
+        trainer = kind(
+            model=tiny(), args=settings(tmp_path), train_dataset=rows, processing_class=prepared
+        )
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+    for stock, lean in zip(*gradients, strict=True):
+        assert torch.allclose(stock, lean, atol=1e-6)
+
+
+def test_scores_are_computed_for_trained_tokens_only(tmp_path, prepared, rows):
+    model = tiny()
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    trainer = training.LeanSFTTrainer(
+        model=model, args=settings(tmp_path), train_dataset=rows, processing_class=prepared
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.compute_loss(model, batch)
+    assert seen == [((batch["labels"] != -100).sum().item(), 49_152)]
+    assert not model.lm_head._forward_pre_hooks  # the narrowing is gone again
+
+
+def test_evaluation_inside_the_trainer_still_works(tmp_path, prepared, rows):
+    live = training.LiveLoss()
+    trainer = training.LeanSFTTrainer(
+        model=tiny(),
+        args=settings(tmp_path, eval_strategy="steps", eval_steps=1),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=prepared,
+        callbacks=[live],
+    )
+    trainer.train()
+    table = live.table()
+    assert list(table.index) == [1, 2]
+    assert table[["loss", "held-out loss"]].notna().all().all()
+    names = [line.get_label() for line in live.plot().axes[0].lines]
+    assert names == ["loss", "held-out loss"]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return models.load_model(models.EMBEDDED, quantization="nf4", device="cpu")
+
+
+def test_dequantized_once_changes_nothing_but_the_work(quantized):
+    inputs = torch.tensor([[1, 4093, 198, 57]])
+    quantized.eval()
+    with torch.no_grad():
+        before = quantized(inputs).logits
+        with training.dequantized_once(quantized):
+            inside = quantized(inputs).logits
+        after = quantized(inputs).logits
+    assert torch.allclose(before, inside, atol=1e-4)
+    assert torch.equal(before, after)
+
+
+def test_dequantized_once_ends_with_an_exception_too(quantized):
+    layer = quantized.model.layers[0].self_attn.q_proj
+    with pytest.raises(KeyError):
+        with training.dequantized_once(quantized):
+            assert "forward" in vars(layer)
+            raise KeyError
+    assert "forward" not in vars(layer)
+
+
+def test_match_dtypes_leaves_one_dtype_and_the_codes_alone(quantized):
+    model = prepare_model_for_kbit_training(
+        copy.deepcopy(quantized), use_gradient_checkpointing=False
+    )
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.bfloat16()
+    codes = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight.clone()
+    training.match_dtypes(model)
+    kinds = {p.dtype for p in model.parameters()}
+    assert kinds == {torch.float32, torch.uint8}
+    after = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight
+    assert torch.equal(codes, after)
+
+
+def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
+    tmp_path, prepared, rows, quantized
+):
+    # After an evaluation on purpose: a 4-bit layer must still pass gradients then.
+    quantized.eval()
+    with torch.no_grad():
+        quantized(torch.tensor([[1, 2, 3]]))
+    quantized.train()
+    trainer = training.LeanSFTTrainer(
+        model=chat.prepare_model(quantized, prepared),
+        args=settings(tmp_path, max_steps=4, num_train_epochs=2, learning_rate=2e-3),
+        train_dataset=rows,
+        processing_class=prepared,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    logged = losses(trainer)
+    assert logged[-1] < logged[0] - 0.2
+    trainer.model.save_pretrained(tmp_path / "adapter")
+
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    inputs = batch["input_ids"]
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(inputs).logits
+        fresh = models.load_model(models.EMBEDDED, quantization="nf4", device="cpu")
+        fresh = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        assert torch.allclose(fresh(inputs).logits, expected, atol=1e-3)
+
+
+def test_machine_settings_are_accepted_and_follow_the_machine(tmp_path):
+    here = runtime.detect()
+    for device, dtype, expected in [
+        ("cpu", torch.bfloat16, (True, False, False, False)),
+        ("cuda", torch.bfloat16, (False, True, False, True)),
+        ("cuda", torch.float16, (False, False, True, True)),
+    ]:
+        made = runtime.Runtime(**{**vars(here), "device": device, "compute_dtype": dtype})
+        found = training.machine_settings(made)
+        names = ("use_cpu", "bf16", "fp16", "activation_checkpointing")
+        assert tuple(found[name] for name in names) == expected
+    SFTConfig(str(tmp_path), **training.machine_settings(here))
+
+
+def test_live_loss_prints_in_a_terminal(tmp_path, prepared, rows, capsys):
+    trainer = training.LeanSFTTrainer(
+        model=tiny(),
+        args=settings(tmp_path),
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=prepared,
+        callbacks=[training.LiveLoss()],
+    )
+    trainer.train()
+    assert "step 1" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == []
