@@ -4,7 +4,7 @@ Numbers, a table, two pictures, and which cards it fits (Chapter 5).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GIB = 2**30
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -62,7 +62,7 @@ class MemoryEstimate:
     peak_instant: str
     instants: dict
     reserved_bytes: int
-    trace: object
+    trace: object = field(repr=False)  # thousands of events
     recipe: object
 
     @property
