@@ -23,8 +23,13 @@ def main(arguments=None):
     lab = commands.add_parser("lab", help="open the course in JupyterLab")
     lab.add_argument("--port", type=int, default=8888)
 
+    from helpers import memory
+
+    plan = commands.add_parser("plan", help="predict the peak GPU memory of a run")
+    memory.add_arguments(plan)
+
     options = parser.parse_args(arguments)
-    return {"run": _run, "lab": _lab}[options.command](options)
+    return {"run": _run, "lab": _lab, "plan": memory.main}[options.command](options)
 
 
 def _run(options):

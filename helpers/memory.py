@@ -15,8 +15,10 @@ from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
+from helpers import models
 from helpers.memory_report import GIB, GPUS, PHASES, MemoryEstimate, parse_size  # noqa: F401
 
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the embedded model comes from
 QUANTIZATIONS = (None, "int8", "fp4", "nf4")
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -182,6 +184,8 @@ def load_config(model):
             "model must be a config, a name, a path or a Hub id, not "
             f"{type(model).__name__}"
         )
+    if model in models.CATALOGUE:  # the course's short names
+        model = models.CATALOGUE[model][0] or EMBEDDED_ID
     wanted = str(model).lower()
     for name, entry in _catalog().items():
         if wanted in (name.lower(), name.split("/")[-1].lower()):

@@ -42,16 +42,24 @@ def figure(rows=1, columns=1, *, width=8.0, height=3.2, **subplots):
     """A new figure in the course's style: `(figure, axes)`, as `plt.subplots` gives them.
 
     width, height: inches; further keywords go to `plt.subplots` (`sharey=True`, ...).
-    The style applies to this figure only; your own matplotlib settings stay as they are.
+    The style is set once, at the first figure, and stays: matplotlib looks some of it up
+    only when it draws.
     """
     import matplotlib.pyplot as plt
+
+    use_style()
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", **subplots
+    )
+    plt.close(fig)
+    return fig, axes
+
+
+def use_style():
+    """Make the course's style matplotlib's default in this process."""
     from cycler import cycler
+    from matplotlib import rcParams
 
     order = ("blue", "orange", "green", "red", "purple", "sky", "gray", "black")
     cycle = cycler(color=[COLORS[name] for name in order])
-    with plt.rc_context({**STYLE, "axes.prop_cycle": cycle}):
-        fig, axes = plt.subplots(
-            rows, columns, figsize=(width, height), layout="constrained", **subplots
-        )
-    plt.close(fig)
-    return fig, axes
+    rcParams.update({**STYLE, "axes.prop_cycle": cycle})

@@ -16,6 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+# bitsandbytes mentions, when imported, that an optional CPU kernel is not installed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 CACHE_VARIABLE = "HELPERS_CACHE"
 POD_VOLUME = Path("/workspace")  # where RunPod mounts the disk that survives a stop
 
@@ -94,11 +97,9 @@ def start(seed=42):
     from transformers import set_seed
 
     set_seed(seed)
-    from matplotlib import rcParams
-
     from helpers import plots
 
-    rcParams.update(plots.STYLE)
+    plots.use_style()
     return runtime
 
 
@@ -118,10 +119,10 @@ def quiet():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # bitsandbytes mentions once that an optional CPU inference kernel is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # torch notices that a CPU has no pinned memory to offer, at every data loader.
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
+    # trl and peft still use an old name of transformers' internally; nothing to do here.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated.*")
 
 
 def detect():

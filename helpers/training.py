@@ -10,7 +10,7 @@ import time
 
 import torch
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 
@@ -69,6 +69,8 @@ class LeanSFTTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if any(isinstance(c, LiveLoss) for c in self.callback_handler.callbacks):
+            self.remove_callback(PrinterCallback)  # would print every figure once more
         if self.args.use_cpu:  # a GPU mixes types for free, and has no memory to spare
             match_dtypes(self.model)
 

@@ -46,8 +46,9 @@ def _start(name, control):
 
 def _still(drawing):
     """The MIME bundle of one drawing, without widgets."""
-    if hasattr(drawing, "_repr_html_"):
-        markup = drawing._repr_html_()
+    # A matplotlib Figure has the method too, and answers None: it is drawn instead.
+    markup = drawing._repr_html_() if hasattr(drawing, "_repr_html_") else None
+    if markup is not None:
         return {"text/plain": str(drawing), "text/html": markup}
     import base64
 
@@ -126,16 +127,9 @@ def attention_heads(heads, *, layer=0, head=0):
     layers, per_layer = heads.weights.shape[:2]
 
     def draw(layer, head):
-        return _png_only(heads.plot(layer, head))
+        return heads.plot(layer, head)
 
     explore(draw, layer=(0, layers - 1, 1, layer), head=(0, per_layer - 1, 1, head))
-
-
-def _png_only(figure):
-    """A figure without its `_repr_html_`, which would answer None here."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(savefig=figure.savefig)
 
 
 def moving_query(keys, values, labels, *, unit="", angle=45, length=3.0):
@@ -151,7 +145,7 @@ def moving_query(keys, values, labels, *, unit="", angle=45, length=3.0):
     def draw(angle, length):
         turned = math.radians(angle)
         query = [length * math.cos(turned), length * math.sin(turned)]
-        return _png_only(plot_lookup(query, keys, values, labels, unit=unit))
+        return plot_lookup(query, keys, values, labels, unit=unit)
 
     explore(draw, angle=(0, 360, 5, angle), length=(0.0, 10.0, 0.5, length))
 
@@ -224,7 +218,7 @@ def explore_quantization(weights):
 
     def draw(bits, scheme, per):
         quantized = quantization.quantize_linear(weights, bits, scheme=scheme, per=per)
-        return _png_only(quantization.error_report(weights, quantized).plot())
+        return quantization.error_report(weights, quantized).plot()
 
     schemes, groups = list(quantization.SCHEMES), list(quantization.GROUPS)
     explore(draw, bits=(2, 8, 1, 4), scheme=schemes, per=groups)
@@ -251,7 +245,7 @@ def adapter_price(model, targets):
         ax.set_title(
             f"{rank * each:,} parameters · {megabytes:.1f} MB · scaling {scaling:.2f}"
         )
-        return _png_only(fig)
+        return fig
 
     ranks, alphas = (1, 256, 1, 16), (1, 512, 1, 32)
     explore(draw, target=list(targets), rank=ranks, alpha=alphas, rslora=False)
