@@ -27,7 +27,12 @@ def test_exact_ignores_case_end_and_interjections_only():
     report = evaluation.judge(
         ["The tea is hot."] * 4,
         ["Hot, the tea is. Hmm."] * 4,
-        ["hot, the tea is", "Hot, the tea is! Yes, hrrrm.", "Hot the tea is.", "Tea is hot."],
+        [
+            "hot, the tea is",
+            "Hot, the tea is! Yes, hrrrm.",
+            "Hot the tea is.",
+            "Tea is hot.",
+        ],
     )
     assert [example.exact for example in report.examples] == [True, True, False, False]
     assert report.exact_match == 50.0
@@ -36,7 +41,9 @@ def test_exact_ignores_case_end_and_interjections_only():
 
 def test_perfect_answers_score_a_hundred():
     rows = data.load_yoda("test", form="columns")
-    report = evaluation.judge(rows["sentence"], rows["translation"], rows["translation_extra"])
+    report = evaluation.judge(
+        rows["sentence"], rows["translation"], rows["translation_extra"]
+    )
     assert report.exact_match == report.valid_order == 100.0
     assert report.chrf == pytest.approx(100.0)
 
@@ -54,7 +61,9 @@ def test_every_form_of_the_data_can_be_judged(embedded, tokenizer, form):
     rows = data.load_yoda("test", form=form)
     report = evaluation.evaluate(embedded, tokenizer, rows, limit=2, max_new_tokens=3)
     assert len(report.examples) == 2
-    assert report.examples[0].sentence == data.load_yoda("test", form="columns")[0]["sentence"]
+    assert (
+        report.examples[0].sentence == data.load_yoda("test", form="columns")[0]["sentence"]
+    )
 
 
 def test_reports_show_failures_first_and_escape_html():

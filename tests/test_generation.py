@@ -17,10 +17,14 @@ def prompts(tokenizer):
 def test_a_text_gives_a_text_and_a_list_gives_a_list(embedded, tokenizer, prompts):
     answer = generation.generate(embedded, tokenizer, prompts[0], max_new_tokens=12)
     assert answer == "The capital of France is Paris."
-    assert generation.generate(embedded, tokenizer, prompts[:1], max_new_tokens=12) == [answer]
+    assert generation.generate(embedded, tokenizer, prompts[:1], max_new_tokens=12) == [
+        answer
+    ]
 
 
-def test_batches_answer_like_single_prompts_in_the_given_order(embedded, tokenizer, prompts):
+def test_batches_answer_like_single_prompts_in_the_given_order(
+    embedded, tokenizer, prompts
+):
     chat.prepare_tokenizer(tokenizer)
     single = [
         generation.generate(embedded, tokenizer, prompt, max_new_tokens=12)

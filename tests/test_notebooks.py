@@ -177,9 +177,19 @@ def test_nothing_is_installed_where_all_is_there(capsys):
 def run_offline(name):
     """Run a chapter the way a reader would, without a network where that can be arranged."""
     command = [sys.executable, "-m", "helpers", "run", name]
-    if os.geteuid() == 0:
-        command = ["unshare", "-n", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
+    if cut_off := network_cut():
+        command = [*cut_off, *command]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+
+
+def network_cut():
+    """A command prefix with loopback and nothing else, or [] where that is not allowed."""
+    prefix = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    try:
+        works = subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        works = False
+    return prefix if works else []
 
 
 def test_chapter0_runs_top_to_bottom_and_its_model_has_learned():

@@ -76,7 +76,10 @@ def test_the_lean_gradients_are_the_stock_gradients(tmp_path, prepared, rows):
     gradients = []
     for kind in (SFTTrainer, training.LeanSFTTrainer):
         trainer = kind(
-            model=tiny(), args=settings(tmp_path), train_dataset=rows, processing_class=prepared
+            model=tiny(),
+            args=settings(tmp_path),
+            train_dataset=rows,
+            processing_class=prepared,
         )
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
         trainer.model.train()
@@ -151,7 +154,9 @@ def test_match_dtypes_leaves_one_dtype_and_the_codes_alone(quantized):
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.data = parameter.data.bfloat16()
-    codes = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight.clone()
+    codes = model.get_submodule(
+        "base_model.model.model.layers.0.mlp.up_proj"
+    ).weight.clone()
     training.match_dtypes(model)
     kinds = {p.dtype for p in model.parameters()}
     assert kinds == {torch.float32, torch.uint8}

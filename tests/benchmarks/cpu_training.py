@@ -113,10 +113,14 @@ def main():
                 trainer, meter, tokens = make(kind, here, folder, max_steps=options.steps)
                 trainer.train()
                 found.append(tokens_per_second(meter, tokens))
-                print(f"round {number + 1}  {kind:5}  {found[-1]:6.0f} tokens/s", flush=True)
+                print(
+                    f"round {number + 1}  {kind:5}  {found[-1]:6.0f} tokens/s", flush=True
+                )
         medians = {kind: statistics.median(found) for kind, found in speeds.items()}
         ratio = medians["lean"] / medians["stock"]
-        print(f"\nmedian: stock {medians['stock']:.0f}, lean {medians['lean']:.0f} tokens/s")
+        print(
+            f"\nmedian: stock {medians['stock']:.0f}, lean {medians['lean']:.0f} tokens/s"
+        )
         print(f"lean is {ratio:.2f} times as fast", flush=True)
         if options.epochs:
             for kind in speeds:
