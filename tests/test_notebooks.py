@@ -175,7 +175,7 @@ def test_nothing_is_installed_where_all_is_there(capsys):
 
 # ── every chapter, top to bottom ─────────────────────────────────────────────────────────
 def run_offline(name):
-    """Run a chapter the way a reader would, without a network where that can be arranged."""
+    """Run a chapter as a reader would, without a network where that is allowed."""
     command = [sys.executable, "-m", "helpers", "run", name]
     if cut_off := network_cut():
         command = [*cut_off, *command]

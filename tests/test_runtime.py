@@ -80,7 +80,7 @@ def test_offline_is_believed_when_the_variable_says_so(monkeypatch):
 def test_import_helpers_is_light():
     code = (
         "import sys, helpers, helpers.runtime, helpers.models, helpers.notebooks;"
-        "heavy = {'torch', 'transformers', 'trl', 'matplotlib', 'pandas'} & set(sys.modules);"
+        "heavy = {'torch', 'transformers', 'trl', 'pandas'} & set(sys.modules);"
         "sys.exit(', '.join(heavy))"
     )
     root = Path(runtime.__file__).parent.parent

@@ -3,10 +3,10 @@
     python tests/benchmarks/cpu_training.py                 # speed only, a few minutes
     python tests/benchmarks/cpu_training.py --epochs 3      # and held-out scores, long
 
-Same 4-bit model, same adapters, same rows and same template for both. "Stock" is SFTTrainer
-with its own defaults, except for the batch size and `use_cpu`; "lean" is Chapter 0's recipe.
-The two take turns (A/B/A/B), so that a machine that slows down slows down both. Tokens are
-counted without padding.
+Same 4-bit model, same adapters, same rows and same template for both. "Stock" is
+SFTTrainer with its own defaults, except for the batch size and `use_cpu`; "lean" is
+Chapter 0's recipe. The two take turns (A/B/A/B), so that a machine that slows down slows
+down both. Tokens are counted without padding.
 """
 
 import argparse
