@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from helpers.models import dequantized_once
+
 
 def chat_prompt(tokenizer, message):
     """The text a chat model continues: the conversation, then the start of its own turn.
@@ -43,6 +45,11 @@ def generate(
     Returns a str for one prompt, a list of str in the same order for a list.
     Leaves the model's training mode and the tokenizer's settings as they were.
     """
+    if not isinstance(prompts, str | list | tuple):
+        raise TypeError(
+            "prompts must be a text, a conversation or a list of these, not "
+            f"{type(prompts).__name__}"
+        )
     single = isinstance(prompts, str) or _is_conversation(prompts)
     texts = _texts(tokenizer, [prompts] if single else prompts)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -53,7 +60,7 @@ def generate(
     answers = [None] * len(texts)
     # Similar lengths share a batch, so that little is padded.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    with evaluation_mode(model):
+    with evaluation_mode(model), _unpacked_on_cpu(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [texts[index] for index in chosen]
@@ -66,6 +73,12 @@ def generate(
             for index, answer in zip(chosen, decoded, strict=True):
                 answers[index] = answer.strip() if response_only else answer
     return answers[0] if single else answers
+
+
+def _unpacked_on_cpu(model):
+    # Unpacking 4-bit weights anew for every token is most of the work on a CPU.
+    on_cpu = model.device.type == "cpu"
+    return dequantized_once(model) if on_cpu else contextlib.nullcontext()
 
 
 def _is_conversation(prompts):

@@ -7,6 +7,7 @@ from PyPI as a 4-bit file, is dequantized once and cached as safetensors.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -89,8 +90,10 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
     from transformers import AutoModelForCausalLM
 
     source = _source(name)
-    with _readable_hub_errors(source):
-        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    with _readable_hub_errors(source) as local_only:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, local_files_only=local_only, **settings
+        )
     return _keep_trainable(model)
 
 
@@ -102,6 +105,34 @@ def _keep_trainable(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextlib.contextmanager
+def dequantized_once(model):
+    """Keep frozen 4-bit weights unpacked inside the block: time for memory (Chapter 0).
+
+    bitsandbytes unpacks every weight at every use, which is what makes a large model fit
+    on a small card. With memory to spare (here: 4 bytes per weight in float32) once is
+    enough; the numbers are the same ones. Does nothing where there is no 4-bit layer; the
+    layers are themselves again after the block.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from torch.nn import functional
+
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear4bit) and "forward" not in vars(module)
+    ]
+    for layer in layers:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        layer.forward = functools.partial(functional.linear, weight=weight, bias=layer.bias)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def quantization_config(quantization, compute_dtype):
@@ -130,8 +161,8 @@ def load_tokenizer(name=None):
     from transformers import AutoTokenizer
 
     source = _source(name)
-    with _readable_hub_errors(source):
-        return AutoTokenizer.from_pretrained(source)
+    with _readable_hub_errors(source) as local_only:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local_only)
 
 
 def _source(name):
@@ -168,10 +199,12 @@ def _torch_dtype(dtype):
 
 @contextlib.contextmanager
 def _readable_hub_errors(source):
+    """Yields whether to look at local files only, which spares minutes of retries."""
+    local_only = Path(source).is_dir() or not runtime.hub_reachable()
     try:
-        yield
+        yield local_only
     except OSError as error:
-        if Path(source).is_dir() or runtime.hub_reachable():
+        if Path(source).is_dir() or not local_only:
             raise
         raise OSError(
             f"{source!r} is not in the local cache and the Hugging Face Hub cannot be "

@@ -5,13 +5,14 @@ fine-tune: see `tests/benchmarks/cpu_training.py` for what each of them buys.
 """
 
 import contextlib
-import functools
 import time
 
 import torch
 from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
+
+from helpers.models import dequantized_once
 
 
 def machine_settings(runtime):
@@ -33,29 +34,6 @@ def machine_settings(runtime):
         "disable_tqdm": True,
         "report_to": "none",
     }
-
-
-@contextlib.contextmanager
-def dequantized_once(model):
-    """Keep frozen 4-bit weights unpacked inside the block: time for memory (Chapter 0).
-
-    bitsandbytes unpacks every weight at every use, twice per training step, which is what
-    makes a large model fit on a small card. With memory to spare (here: 4 bytes per weight
-    in float32) once is enough; the numbers are the same ones. Does nothing where there is
-    no 4-bit layer; the layers are themselves again after the block.
-    """
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    for layer in layers:
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        layer.forward = functools.partial(functional.linear, weight=weight, bias=layer.bias)
-    try:
-        yield model
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 class LeanSFTTrainer(SFTTrainer):

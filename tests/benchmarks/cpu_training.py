@@ -1,7 +1,7 @@
 """What the lean recipe buys on this machine, against SFTTrainer as it comes (Chapter 0).
 
     python tests/benchmarks/cpu_training.py                 # speed only, a few minutes
-    python tests/benchmarks/cpu_training.py --epochs 3      # and held-out scores, long
+    python tests/benchmarks/cpu_training.py --epochs 2      # and held-out scores, long
 
 Same 4-bit model, same adapters, same rows and same template for both. "Stock" is
 SFTTrainer with its own defaults, except for the batch size and `use_cpu`; "lean" is
@@ -62,7 +62,7 @@ def make(kind, here, folder, **length):
     args = SFTConfig(
         output_dir=folder,
         per_device_train_batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         save_strategy="no",
