@@ -419,7 +419,7 @@ def test_error_report_plots_itself():
     weights = torch.randn(32, 64)
     fig = quantization.error_report(weights, quantization.quantize_nf4(weights)).plot()
     left, right = fig.axes
-    assert left.get_xlabel() and right.get_xlabel() and "SNR" in right.get_title()
+    assert left.get_xlabel() and right.get_xlabel() and "SNR" in right.get_title(loc="left")
 
 
 def test_compare_errors_ranks_the_formats():
