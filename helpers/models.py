@@ -262,8 +262,9 @@ def _build(folder):
         if folder.exists():  # damaged, or we would not be here
             shutil.rmtree(folder)
         os.replace(model, folder)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        # safetensors has an exception of its own for it
+        if "No space left" not in str(error):
             raise
         raise OSError(
             errno.ENOSPC,
