@@ -6,19 +6,29 @@ shapes but no data; `measure` counts the bytes of a real run the same way; `napk
 formula a reader derives, to see what it misses.
 """
 
-import copy
-import functools
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib import resources
-from pathlib import Path
 
-from helpers import models
-from helpers.memory_report import GIB, GPUS, PHASES, MemoryEstimate, parse_size  # noqa: F401
+from helpers.memory_configs import catalogue, load_config
+from helpers.memory_formulas import NAPKIN_LEAVES_OUT, book_cells, napkin, rules_in_use
+from helpers.memory_report import GIB, GPUS, PHASES, MemoryEstimate, parse_size
 
-EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the embedded model comes from
+__all__ = [
+    "GPUS",
+    "NAPKIN_LEAVES_OUT",
+    "MemoryEstimate",
+    "book_cells",
+    "catalogue",
+    "compare_formulas",
+    "estimate_training",
+    "find_largest",
+    "load_config",
+    "measure",
+    "napkin",
+    "parse_size",
+]
+
 QUANTIZATIONS = (None, "int8", "fp4", "nf4")
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -142,82 +152,6 @@ def _longest(config):
     return config.max_position_embeddings if learned else math.inf
 
 
-# ------------------------------------------------------------------ configs
-@functools.cache
-def _catalog():
-    text = resources.files("helpers").joinpath("memory_catalog.json").read_text("utf-8")
-    return json.loads(text)
-
-
-def catalogue():
-    """The models whose configs ship with the course, as a table.
-
-    Name, layers, width, where the numbers are from.
-    """
-    import pandas as pd
-
-    rows = []
-    for name, entry in _catalog().items():
-        config = load_config(name)
-        shape = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
-        rows.append((name, config.model_type, *shape, entry["source"]))
-    columns = ["model", "type", "layers", "width", "vocabulary", "source"]
-    return pd.DataFrame(rows, columns=columns).set_index("model")
-
-
-def load_config(model):
-    """A transformers config from a config, a dict, a catalogue name, a path, or a Hub id.
-
-    Raises ValueError when the name is none of these, or the Hub cannot be reached, with the
-    nearest known names.
-    """
-    from transformers import AutoConfig, PretrainedConfig
-
-    if isinstance(model, PretrainedConfig):
-        return model
-    if hasattr(model, "config") and isinstance(model.config, PretrainedConfig):
-        return model.config
-    if isinstance(model, dict):
-        return AutoConfig.for_model(**model)
-    if not isinstance(model, str | Path):
-        raise TypeError(
-            "model must be a config, a name, a path or a Hub id, not "
-            f"{type(model).__name__}"
-        )
-    if model in models.CATALOGUE:  # the course's short names
-        model = models.CATALOGUE[model][0] or EMBEDDED_ID
-    wanted = str(model).lower()
-    for name, entry in _catalog().items():
-        if wanted in (name.lower(), name.split("/")[-1].lower()):
-            return AutoConfig.for_model(**copy.deepcopy(entry["config"]))
-    path = Path(model)
-    if path.suffix == ".json" and path.is_file():
-        return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
-    try:
-        return AutoConfig.from_pretrained(model, local_files_only=not _hub_answers(model))
-    except (OSError, ValueError) as error:
-        import difflib
-
-        names = {name.split("/")[-1].lower(): name for name in _catalog()}
-        close = difflib.get_close_matches(wanted.split("/")[-1], names, 3, 0.3)
-        hint = ", ".join(names[name] for name in close) or ", ".join(list(_catalog())[:6])
-        raise ValueError(
-            f"model={str(model)!r} is not in the catalogue, and no config was found at "
-            "that path or on the Hub; "
-            f"known names like it: {hint} (memory.catalogue() lists all)"
-        ) from error
-
-
-def _hub_answers(name):
-    """Whether asking the Hub makes sense.
-
-    A Hub id has a slash, and a dead network costs half a minute.
-    """
-    from helpers import runtime
-
-    return "/" in str(name) and not runtime.detect().offline
-
-
 # ------------------------------------------------------------------ the estimate
 _CACHE = {}
 
@@ -315,7 +249,7 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
     return best
 
 
-# ------------------------------------------------------------------ measuring, and formulas
+# ------------------------------------------------------------------ measuring
 class Measurement:
     """What a block of code took at its peak.
 
@@ -376,94 +310,6 @@ def measure(device=None):
         result.peak_bytes = ledger.peak
 
 
-NAPKIN_LEAVES_OUT = (
-    "logits and the loss's copies of them",
-    "temporary copies at the optimizer's step and in dequantization",
-    "the inputs that adapters keep",
-    "what the libraries' versions do differently",
-    "cuBLAS's workspace and the allocator's rounding",
-)
-
-
-def napkin(
-    model,
-    *,
-    quantization=None,
-    dtype="bfloat16",
-    lora=None,
-    optimizer="adamw_torch_fused",
-    batch_size=1,
-    sequence_length=512,
-    gradient_checkpointing=True,
-    attention="sdpa",
-    **ignored,
-):
-    """The chapter's closed formulas.
-
-    {part: bytes} and 'total' (Chapter 5; Korthikanti et al. 2022 for activations).
-
-    Parameters 12 L h^2 + V h; activations 34 s b h per layer, plus 5 heads s^2 b with eager
-    attention; with checkpointing 2 s b h per layer and one layer in full.
-    `NAPKIN_LEAVES_OUT` says what is missing.
-    """
-    config = load_config(model)
-    layers, h, heads = (
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-    )
-    width = 4 if str(dtype).endswith(("32", "float")) else 2
-    parameters = 12 * layers * h**2 + config.vocab_size * h
-    stored = {None: width, "int8": 1, "fp4": 0.5, "nf4": 0.5}[quantization]
-    rank = lora if lora is None or isinstance(lora, int) else lora.r
-    trained = parameters if rank is None else 4 * layers * rank * h
-    tokens = batch_size * sequence_length
-    layer = 34 * tokens * h + (
-        5 * heads * sequence_length * tokens if attention == "eager" else 0
-    )
-    activations = (
-        layer + 2 * tokens * h * layers if gradient_checkpointing else layer * layers
-    )
-    state = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0}.get(optimizer, 2 * width)
-    parts = {
-        "weights": int(parameters * stored),
-        "adapters": 0 if rank is None else trained * width,
-        "gradients": trained * width,
-        "optimizer": 0 if optimizer.startswith("paged") else trained * state,
-        "activations": activations * width // 2,
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def _rules(config, choices):
-    """Three formulas in common use, in bytes.
-
-    Each from the number of parameters, two without looking at the run.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    count = sum(p.numel() for p in model.parameters())
-    h, layers = config.hidden_size, config.num_hidden_layers
-    trained = count if choices.get("lora") is None else 4 * layers * choices["lora"] * h
-    tokens = choices.get("batch_size", 1) * choices.get("sequence_length", 512)
-    score = 5 * config.num_attention_heads * choices.get("sequence_length", 512) / h
-    per_token = 2 if choices.get("gradient_checkpointing", True) else 34 + score
-    full = str(choices.get("dtype", "bfloat16")).endswith("32")
-    return {
-        # accelerate/commands/estimate.py: float32 Adam 4x the float32 model, 16-bit 2x
-        "accelerate estimate-memory": 4 * count * (4 if full else 2),
-        # ZeRO (Rajbhandari et al. 2020): 2 + 2 + 12 bytes per trained parameter
-        "16 bytes per parameter": 2 * (count - trained) * (trained != count) + 16 * trained,
-        # Transformer Math 101 (EleutherAI 2023): the same model states, and activations
-        "Transformer Math 101": 2 * (count - trained) * (trained != count)
-        + 16 * trained
-        + tokens * h * layers * per_token,
-    }
-
-
 def compare_formulas(cells):
     """Our prediction beside the napkin and three formulas in use, against measurements
     (Chapter 5).
@@ -479,7 +325,7 @@ def compare_formulas(cells):
         predictions = {
             "traced": estimate_training(model, **choices).peak_bytes,
             "napkin": napkin(model, **choices)["total"],
-        } | _rules(config, choices)
+        } | rules_in_use(config, choices)
         for name, value in predictions.items():
             errors.setdefault(name, []).append(value / measured - 1)
     table = pd.DataFrame(errors).T
@@ -490,35 +336,6 @@ def compare_formulas(cells):
             "within 10 %": (table.abs() <= 0.1).mean(axis=1),
         }
     )
-
-
-def book_cells():
-    """The 48 published cells of the book's Table 5.2 as (model, choices, measured bytes),
-    for `stack="book"`.
-
-    OPT-350M, 16-bit, one sequence of 500 tokens, `max_memory_allocated` on an RTX 4090.
-    Inferred settings: float16 throughout, LoRA of rank 16, the 8-bit optimizer paged, a
-    plain loop that takes one step.
-    """
-    import csv
-
-    text = resources.files("helpers").joinpath("memory_book_table.csv").read_text("utf-8")
-    cells = []
-    for row in csv.DictReader(text.splitlines()):
-        choices = {
-            "dtype": "float16",
-            "sequence_length": 500,
-            "stack": "book",
-            "gradient_checkpointing": row["gradient_checkpointing"] == "yes",
-            "lora": 16 if row["lora"] == "yes" else None,
-            "optimizer": {"adam": "adamw_torch", "adam8bit": "paged_adamw_8bit"}[
-                row["optimizer"]
-            ],
-            "gradient_accumulation": row["gradient_accumulation"] == "yes",
-            "attention": row["attention"],
-        }
-        cells.append(("facebook/opt-350m", choices, int(row["peak_mb"]) * 10**6))
-    return cells
 
 
 # ------------------------------------------------------------------ python -m helpers plan

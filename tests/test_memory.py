@@ -15,7 +15,14 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from helpers import memory, memory_profiles, memory_step, memory_trace
+from helpers import (
+    memory,
+    memory_configs,
+    memory_formulas,
+    memory_profiles,
+    memory_step,
+    memory_trace,
+)
 from helpers.memory_trace import CachingAllocator, Ledger, rounded
 
 MIB = 2**20
@@ -412,8 +419,8 @@ def test_accelerate_arithmetic_is_accelerates():
     config = memory.load_config("facebook/opt-350m")
     for dtype in ("float32", "float16"):
         theirs = max(estimate_training_usage(4 * 331_196_416, dtype).values())
-        ours = memory._rules(config, {"dtype": dtype})["accelerate estimate-memory"]
-        assert ours == theirs
+        rules = memory_formulas.rules_in_use(config, {"dtype": dtype})
+        assert rules["accelerate estimate-memory"] == theirs
 
 
 # ------------------------------------------------------------------ CUDA's choices
@@ -672,12 +679,12 @@ def test_sizes(size, bytes_):
 
 
 def test_catalogue_has_the_published_number_of_parameters():
-    for name, entry in memory._catalog().items():
+    for name, entry in memory_configs._catalog().items():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(memory.load_config(name))
         assert sum(p.numel() for p in model.parameters()) == entry["parameters"], name
         assert entry["source"]
-    assert len(memory.catalogue()) == len(memory._catalog()) > 25
+    assert len(memory.catalogue()) == len(memory_configs._catalog()) > 25
 
 
 def test_models_by_config_name_path_and_dict(tmp_path):
