@@ -1,4 +1,4 @@
-"""The configs the predictor knows without a network, and how others are found (Chapter 5)."""
+"""The configs the predictor knows without a network, and how to find others (Chapter 5)."""
 
 import copy
 import functools

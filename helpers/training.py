@@ -61,7 +61,7 @@ class LeanSFTTrainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def floating_point_ops(self, inputs):
-        """Zero: the parent's estimate walks all parameters at every step, for a log entry."""
+        """Zero: the parent walks all parameters at every step for this log entry."""
         return 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
