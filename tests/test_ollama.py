@@ -1,0 +1,128 @@
+"""Modelfiles: each family's template comes out equal; what cannot be said is refused."""
+
+import json
+import re
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from chat_families import FAMILIES, conversations, tokenizer
+
+from helpers import ollama, serving
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_anatomy_renders_like_jinja(family):
+    made = tokenizer(family)
+    anatomy = ollama.take_apart(made)
+    bos = made.bos_token if ollama.adds_bos(made) else ""
+    assert bool(bos) == ("bos" in FAMILIES[family])
+    for talk in conversations(50, seed=1):
+        expected = made.apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=True
+        )
+        assert bos + anatomy.render(talk) == expected
+
+
+STOPS = {
+    "chatml": "<|im_end|>",
+    "qwen": "<|im_end|>",
+    "phi-3": "<|end|>",
+    "llama-3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "mistral": "</s>",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modelfile_has_what_ollama_needs(family):
+    text = serving.ollama_modelfile(
+        tokenizer(family), "./yoda.gguf", parameters={"temperature": 0, "num_ctx": 1024}
+    )
+    assert text.startswith("FROM ./yoda.gguf\nTEMPLATE ")
+    stops = [json.loads(s) for s in re.findall(r"^PARAMETER stop (.+)$", text, re.M)]
+    assert STOPS[family] in stops and FAMILIES[family]["eos"] in stops
+    assert "PARAMETER temperature 0\nPARAMETER num_ctx 1024\n" in text
+    assert ("SYSTEM" in text) == (family == "qwen")
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.S)[1]
+    if bos := FAMILIES[family].get("bos"):
+        assert bos not in template, "the server adds BOS: twice would be one too many"
+    assert "ADAPTER" not in text
+
+
+def test_adapter_comes_with_its_caveat():
+    text = serving.ollama_modelfile(tokenizer("chatml"), "smollm2", adapter="yoda.gguf")
+    assert re.search(r"# .*refuse.*\nADAPTER yoda.gguf\n", text)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}<{{ m.content | replace('{', '(') }}>{% endfor %}",
+        "{{ messages[-1].content }}",
+        "{{ raise_exception('no') }}",
+        '{% for m in messages %}"""{{ m.content }}"""{% endfor %}',
+        None,
+    ],
+)
+def test_templates_that_go_cannot_say_are_refused(template):
+    made = tokenizer("chatml")
+    made.chat_template = template
+    with pytest.raises(ValueError, match="raw") as error:
+        serving.ollama_modelfile(made, "x.gguf")
+    assert "tokenizer" in str(error.value)
+
+
+def test_a_bad_parameter_is_named():
+    with pytest.raises(TypeError, match=r"parameters\['stop'\]"):
+        serving.ollama_modelfile(tokenizer("chatml"), "x", parameters={"stop": ["a"]})
+
+
+# ── the client, against a server that records what it is asked ───────────────────────────
+@pytest.fixture
+def recorder():
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, body))
+            found = body["model"] == "yoda"
+            reply = {"message": {"content": "Hmm."}} if found else {"error": "not found"}
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_):
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_client_speaks_ollamas_rest_dialect(recorder, monkeypatch):
+    address, asked = recorder
+    monkeypatch.setenv("OLLAMA_HOST", address)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked
+    messages = [{"role": "user", "content": "Hello"}]
+    assert serving.ollama_chat("yoda", messages, temperature=0) == "Hmm."
+    payload = {"model": "yoda", "messages": messages, "stream": False}
+    assert asked == [("/api/chat", payload | {"options": {"temperature": 0}})]
+    with pytest.raises(ConnectionError, match="not found"):
+        serving.ollama_chat("vader", messages)
+
+
+def test_client_says_how_to_get_ollama():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match="ollama serve"):
+            serving.ollama_chat("yoda", [], address=address)

@@ -1,0 +1,92 @@
+"""Prompts of training against prompts of serving, in the engines that serve."""
+
+import shutil
+
+import pytest
+from chat_families import FAMILIES, conversations, tokenizer
+
+from helpers import parity, serving
+
+GO = pytest.mark.skipif(
+    not shutil.which("go"), reason="needs Go: apt-get install golang-go"
+)
+TALKS = conversations(200)
+
+
+def modelfile(family, change=lambda text: text):
+    return change(serving.ollama_modelfile(tokenizer(family), "x.gguf"))
+
+
+def test_the_conversations_are_as_odd_as_they_should_be():
+    contents = [m["content"] for talk in TALKS for m in talk]
+    assert any(not c for c in contents), "empty content"
+    for odd in ('"', "{{", "\n", "汉", "🙂", "\\"):
+        assert any(odd in c for c in contents), odd
+    roles = [talk[0]["role"] for talk in TALKS]
+    assert 50 < roles.count("system") < 150
+    assert len({len(talk) for talk in TALKS}) > 4
+
+
+@GO
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modelfile_is_exact_on_200_conversations_in_go(family):
+    report = serving.template_parity(tokenizer(family), TALKS, modelfile=modelfile(family))
+    assert report.exact, str(report)
+    assert "its TEMPLATE in Go" in report.compared
+    assert "all equal" in str(report) and "200" in report._repr_html_()
+
+
+TRAPS = {
+    "double_bos": (
+        "llama-3",
+        lambda text: text.replace('"""{{', '"""<|begin_of_text|>{{', 1),
+    ),
+    "missing_generation_prompt": (
+        "chatml",
+        lambda text: text.replace('<|im_start|>assistant\n"""', '"""', 1),
+    ),
+    "trailing_newline": (
+        "chatml",
+        lambda text: text.replace('assistant\n"""', 'assistant"""'),
+    ),
+    "missing_stop": ("chatml", lambda text: text.replace("PARAMETER stop", "# stop")),
+    "different_text": ("chatml", lambda text: text.replace("user", "human")),
+}
+
+
+@GO
+@pytest.mark.parametrize("code", TRAPS)
+def test_each_trap_is_caught(code):
+    family, change = TRAPS[code]
+    broken = modelfile(family, change)
+    assert broken != modelfile(family)
+    report = serving.template_parity(tokenizer(family), TALKS[:6], modelfile=broken)
+    assert not report.exact
+    assert report.codes == {code}, str(report)
+    assert parity.WHY[code] in str(report)
+
+
+@GO
+def test_a_template_that_go_cannot_parse_says_so():
+    with pytest.raises(ValueError, match="Go refuses"):
+        parity.render_go('TEMPLATE """{{ range }}"""', TALKS[:1])
+
+
+def test_without_go_the_reason_stands_in_the_report(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    report = serving.template_parity(
+        tokenizer("chatml"), TALKS[:2], modelfile=modelfile("chatml")
+    )
+    assert "golang-go" in str(report) and report.compared == (
+        "stop words of the Modelfile",
+    )
+
+
+def test_arguments_are_checked():
+    made = tokenizer("chatml")
+    with pytest.raises(ValueError, match="server or modelfile"):
+        serving.template_parity(made, TALKS[:1])
+    with pytest.raises(ValueError, match="end with the user"):
+        serving.template_parity(made, [[]], modelfile="x")
+    with pytest.raises(ValueError, match="no TEMPLATE"):
+        parity.render_go("FROM x", TALKS[:1])
