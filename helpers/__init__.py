@@ -21,6 +21,7 @@ __all__ = [
     "memory",
     "models",
     "notebooks",
+    "places",
     "plots",
     "quantization",
     "runtime",

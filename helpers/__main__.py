@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`."""
+"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `sync`."""
 
 import argparse
 import subprocess
@@ -23,13 +23,17 @@ def main(arguments=None):
     lab = commands.add_parser("lab", help="open the course in JupyterLab")
     lab.add_argument("--port", type=int, default=8888)
 
+    sync = commands.add_parser("sync", help="put bootstrap cells, badges and links in step")
+    sync.add_argument("--repository", metavar="OWNER/NAME", help="point them at a fork")
+
     from helpers import memory
 
     plan = commands.add_parser("plan", help="predict the peak GPU memory of a run")
     memory.add_arguments(plan)
 
     options = parser.parse_args(arguments)
-    return {"run": _run, "lab": _lab, "plan": memory.main}[options.command](options)
+    chosen = {"run": _run, "lab": _lab, "sync": _sync, "plan": memory.main}
+    return chosen[options.command](options)
 
 
 def _run(options):
@@ -57,6 +61,16 @@ def _lab(options):
     command = [sys.executable, "-m", "jupyterlab", "--ip", "127.0.0.1"]
     command += ["--port", str(options.port)]
     return subprocess.call(command, cwd=notebooks.root())
+
+
+def _sync(options):
+    try:
+        changed = notebooks.sync(options.repository)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Changed: {', '.join(changed)}" if changed else "Everything is in step.")
+    return 0
 
 
 if __name__ == "__main__":

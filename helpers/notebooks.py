@@ -17,7 +17,7 @@ CHAPTERS = (*(f"Chapter{number}" for number in range(7)), "AppendixB")
 CELL_SECONDS = 1800
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
-# The one place that says where the course lives; a fork changes it here.
+# The one place that says where the course lives: `python -m helpers sync --repository`.
 REPOSITORY = "hands-on-fine-tuning/course"
 
 BADGE = (
@@ -25,22 +25,26 @@ BADGE = (
     "(https://colab.research.google.com/github/{repository}/blob/main/{name}.ipynb)"
 )
 BOOTSTRAP = """\
-# Fetches the course where it is not at hand (Colab, a pod); does nothing elsewhere.
+# Brings the course to Colab or a pod; where it is at hand, there is nothing to do.
 import importlib.util
 import os
 import subprocess
 import sys
 
-if importlib.util.find_spec("helpers") is None:
-    address = "https://github.com/{repository}"
+address = "https://github.com/{repository}"
+brought = importlib.util.find_spec("helpers") is None
+if brought:
     folder = os.path.abspath("fine-tuning-course")
     if not os.path.isdir(folder):
-        subprocess.run(["git", "clone", "-q", "--depth", "1", address, folder], check=True)
+        clone = ["git", "clone", "-q", "--depth", "1", address, folder + ".part"]
+        subprocess.run(clone, check=True)
+        os.rename(folder + ".part", folder)
     os.chdir(folder)
     sys.path.insert(0, folder)
-    from helpers import notebooks
 
-    notebooks.install_missing()
+from helpers import places
+
+places.settle(brought)
 """
 
 
@@ -225,12 +229,16 @@ def _absolute_path(text):
 def _write(notebook, path):
     import nbformat
 
-    # Indented like Jupyter does; to a temporary name first, so nothing is half-written.
-    text = nbformat.writes(notebook, version=4)
+    # Indented as Jupyter does it.
+    _replace(path, nbformat.writes(notebook, version=4) + "\n")
+
+
+def _replace(path, text):
+    # To a temporary name first, so that nothing is ever half-written.
     handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -239,42 +247,49 @@ def _write(notebook, path):
         raise
 
 
-def install_missing():
-    """Install what the course needs and this environment lacks or has too old.
-
-    Reads the lower bounds of pyproject.toml. torch, numpy and pandas are never touched:
-    replacing them under a running kernel forces a restart and breaks hosted notebooks.
-    """
-    import subprocess
-    import tomllib
-    from importlib.metadata import PackageNotFoundError, version
-
-    from packaging.requirements import Requirement
-
-    project = tomllib.loads((root() / "pyproject.toml").read_text(encoding="utf-8"))
-    missing = []
-    for text in project["project"]["dependencies"]:
-        requirement = Requirement(text)
-        if requirement.name in ("torch", "numpy", "pandas"):
-            continue
-        try:
-            satisfied = requirement.specifier.contains(
-                version(requirement.name), prereleases=True
-            )
-        except PackageNotFoundError:
-            satisfied = False
-        if not satisfied:
-            missing.append(text)
-    if missing:
-        print("Installing:", ", ".join(missing))
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
-
-
-def badge(name):
+def badge(name, repository=None):
     """The 'Open in Colab' badge of a notebook, as Markdown."""
-    return BADGE.format(repository=REPOSITORY, name=name)
+    return BADGE.format(repository=repository or REPOSITORY, name=name)
 
 
-def bootstrap():
+def bootstrap(repository=None):
     """The source of the bootstrap cell, the same in every notebook."""
-    return BOOTSTRAP.replace("{repository}", REPOSITORY).rstrip()
+    return BOOTSTRAP.replace("{repository}", repository or REPOSITORY).rstrip()
+
+
+def sync(repository=None):
+    """Put bootstrap cells, badges and links in step with this module, everywhere.
+
+    Covers the notebooks and the pages at the top. Stored outputs stay as they are.
+    repository: 'owner/name', to point them all (and this module) at a fork.
+    Returns the names of the files that changed; raises ValueError for another form.
+    """
+    if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"repository must look like 'owner/name', not {repository!r}")
+    target = repository or REPOSITORY
+    paths = [root() / "helpers" / "notebooks.py", *sorted(root().glob("*.md"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    texts |= {path: path.read_text(encoding="utf-8") for path in map(find, written())}
+    changed = []
+    for path, before in texts.items():
+        text = re.sub(rf"(github(?:\.com)?/){REPOSITORY}\b", rf"\g<1>{target}", before)
+        if path.suffix == ".py":
+            text = before.replace(f'= "{REPOSITORY}"\n', f'= "{target}"\n')
+        if path.suffix == ".ipynb":
+            text = _with_cells_in_step(text, path.stem, target)
+        if text != before:
+            _replace(path, text)
+            changed.append(path.name)
+    return changed
+
+
+def _with_cells_in_step(text, name, repository):
+    import nbformat
+
+    notebook = nbformat.reads(text, as_version=4)
+    for cell in notebook.cells:
+        if "bootstrap" in cell.metadata.get("tags", []):
+            cell.source = bootstrap(repository)
+        elif cell.source.startswith("[![Open in Colab]"):
+            cell.source = badge(name, repository)
+    return nbformat.writes(notebook, version=4) + "\n"

@@ -20,7 +20,9 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 CACHE_VARIABLE = "HELPERS_CACHE"
-POD_VOLUME = Path("/workspace")  # where RunPod mounts the disk that survives a stop
+# Where RunPod mounts the disk that survives a stop, unless you chose another place there.
+POD_VOLUME = Path(os.environ.get("COURSE_VOLUME", "/workspace"))
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def package_version(name):
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def start(seed=42):
@@ -131,7 +133,7 @@ def detect():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Runtime(
-        platform=_platform(),
+        platform=detect_platform(),
         device=device,
         device_name=_device_name(device),
         compute_dtype=native_dtype(device),
@@ -142,10 +144,19 @@ def detect():
     )
 
 
-def _platform():
-    if os.environ.get("COLAB_RELEASE_TAG") or "google.colab" in sys.modules:
-        return "colab"
-    return "runpod" if os.environ.get("RUNPOD_POD_ID") else "local"
+def detect_platform():
+    """Where this process runs: 'colab', 'runpod' or 'local'."""
+    if os.environ.get("RUNPOD_POD_ID"):
+        return "runpod"
+    return "colab" if os.environ.get("COLAB_RELEASE_TAG") or _has_colab() else "local"
+
+
+def _has_colab():
+    # Colab's own package, which nothing else brings.
+    try:
+        return find_spec("google.colab") is not None
+    except (ModuleNotFoundError, ValueError):  # no `google` at all; a half-made module
+        return False
 
 
 def _device_name(device):
@@ -256,7 +267,7 @@ def cache_folder():
 
     if chosen := os.environ.get(CACHE_VARIABLE):
         folder = Path(chosen).expanduser()
-    elif _platform() == "runpod" and POD_VOLUME.is_dir():
+    elif detect_platform() == "runpod" and POD_VOLUME.is_dir():
         folder = POD_VOLUME / ".cache" / "fine-tuning-course"
     else:
         folder = Path(platformdirs.user_cache_dir("fine-tuning-course"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import notebooks
+from helpers import notebooks, places
 
 ROOT = notebooks.root()
 WRITTEN = notebooks.written()
@@ -169,7 +169,7 @@ def test_the_bootstrap_does_nothing_where_helpers_imports(tmp_path):
 
 
 def test_nothing_is_installed_where_all_is_there(capsys):
-    notebooks.install_missing()
+    places.install_missing()
     assert capsys.readouterr().out == ""
 
 
