@@ -12,7 +12,19 @@ from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
+from helpers.largest_batch import find_max_batch_size
 from helpers.models import dequantized_once
+from helpers.recipes import export_recipe
+
+__all__ = [
+    "LeanSFTTrainer",
+    "LiveLoss",
+    "export_recipe",
+    "find_max_batch_size",
+    "machine_settings",
+    "match_dtypes",
+    "simple_loop",
+]
 
 
 def machine_settings(runtime):
@@ -54,11 +66,14 @@ class LeanSFTTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """Train as the parent does; on a CPU, with weights dequantized once."""
-        context = (
+        with self.weights_in_training():
+            return super().train(*args, **kwargs)
+
+    def weights_in_training(self):
+        """The context that training runs in: on a CPU, 4-bit weights stay unpacked."""
+        return (
             dequantized_once(self.model) if self.args.use_cpu else contextlib.nullcontext()
         )
-        with context:
-            return super().train(*args, **kwargs)
 
     def floating_point_ops(self, inputs):
         """Zero: the parent walks all parameters at every step for this log entry."""
@@ -96,6 +111,45 @@ def _scores_only_at(model, positions):
         yield
     finally:
         hook.remove()
+
+
+def simple_loop(
+    model, batches, *, lr, accumulation=1, schedule="linear", warmup_steps=0, max_norm=1.0
+):
+    """What a trainer does, in plain PyTorch; returns the loss of every update (Chapter 5).
+
+    batches: dicts with input_ids, attention_mask and labels of shape (rows, tokens), -100
+    where nothing is learned. accumulation: batches per update. schedule, warmup_steps: as
+    `lr_scheduler_type` and `warmup_steps`. max_norm: gradients are clipped to it.
+    The losses equal SFTTrainer's on the same batches (tested).
+    """
+    from transformers import get_scheduler
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    groups = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    scheduler = get_scheduler(schedule, optimizer, warmup_steps, len(groups))
+    losses = []
+    model.train()
+    for group in groups:
+        # Every trained token of the update counts the same, whatever batch it is in.
+        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in group)
+        total = 0.0
+        for batch in group:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+            labels = batch["labels"][:, 1:]  # position t predicts token t + 1
+            loss = functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+            (loss / tokens).backward()
+            total += (loss / tokens).item()
+        torch.nn.utils.clip_grad_norm_(trained, max_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
 
 
 def match_dtypes(model):

@@ -1,0 +1,227 @@
+"""Hand a notebook's recipe to `trl sft` and `accelerate launch` (Chapter 5).
+
+A notebook is for finding a recipe; several GPUs want a script and a file. TRL has the
+script. This writes the files, from the very objects the notebook trained with.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+BACKENDS = ("single", "ddp", "fsdp2", "deepspeed")
+# Decided by the machine or the folder, or of no use in a file.
+LEFT_OUT = {
+    "output_dir",
+    "run_name",
+    "logging_dir",
+    "hub_token",
+    "per_device_train_batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The folder that was written, and the commands that run it."""
+
+    folder: Path
+    command: list
+    note: str = ""
+
+    def __str__(self):
+        files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
+        shown = ["python" if part == sys.executable else part for part in self.command]
+        lines = [f"{self.folder}: {files}", " ".join(shown)]
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+    __repr__ = __str__
+
+
+def export_recipe(
+    folder,
+    *,
+    model,
+    args,
+    dataset,
+    lora=None,
+    quantization=None,
+    dtype="float32",
+    tokenizer=None,
+    backend="single",
+    processes=1,
+):
+    """Write recipe.yaml, accelerate.yaml and the data; returns a `Recipe` (Chapter 5).
+
+    folder: made anew; refused when it exists. model: a Hub id or a folder. args: the
+    SFTConfig; what differs from its defaults is written. dataset: rows with 'prompt' and
+    'completion', or 'messages'. lora: a LoraConfig. quantization: None, 'int8', 'fp4',
+    'nf4' (double quantization). tokenizer: its chat template, EOS and padding token follow.
+    backend: 'single', 'ddp', 'fsdp2', 'deepspeed' (ZeRO 2). processes: how many; the
+    batch of `args` is divided among them, so that an update sees the same rows.
+    Raises ValueError for choices that contradict each other.
+    """
+    folder = Path(folder)
+    _check(folder, args, lora, quantization, backend, processes)
+    recipe = {
+        "model_name_or_path": str(model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "datasets": [{"path": "json", "data_files": str(folder / "train.jsonl")}],
+        "output_dir": str(folder / "trained"),
+        "per_device_train_batch_size": args.per_device_train_batch_size // processes,
+    }
+    recipe |= (
+        _arguments(args) | _adapter(lora) | _quantization(quantization, dtype, backend)
+    )
+    if tokenizer is not None:
+        recipe |= {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+        if tokenizer.chat_template:
+            recipe["chat_template_path"] = str(folder / "chat_template.jinja")
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    try:
+        dataset.to_json(partial / "train.jsonl")
+        if "chat_template_path" in recipe:
+            (partial / "chat_template.jinja").write_text(tokenizer.chat_template, "utf-8")
+        _write(partial / "recipe.yaml", recipe)
+        _write(partial / "accelerate.yaml", _accelerate(backend, processes, args))
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _recipe(folder, backend, processes)
+
+
+def _check(folder, args, lora, quantization, backend, processes):
+    if folder.exists():
+        raise ValueError(f"folder={str(folder)!r} exists; choose a new one or remove it")
+    for name, value, choices in (
+        ("backend", backend, BACKENDS),
+        ("quantization", quantization, (None, "int8", "fp4", "nf4")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise ValueError(
+            f"processes must be a whole number of at least 1, not {processes!r}"
+        )
+    if backend == "single" and processes > 1:
+        raise ValueError(
+            f"backend='single' is one process, not {processes}; use 'ddp' or 'fsdp2'"
+        )
+    batch = args.per_device_train_batch_size
+    if batch % processes:
+        raise ValueError(
+            f"processes={processes} cannot share a batch of {batch} rows equally; choose "
+            "a per_device_train_batch_size that divides"
+        )
+    if quantization and lora is None:
+        raise ValueError(
+            f"quantization={quantization!r} needs lora: a quantized model cannot be "
+            "trained by itself"
+        )
+
+
+def _arguments(args):
+    """The fields of an SFTConfig that differ from its defaults."""
+    found = {}
+    for field in dataclasses.fields(args):
+        if not field.init or field.name in LEFT_OUT:
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(args, field.name)
+        value = value.value if isinstance(value, Enum) else value
+        default = default.value if isinstance(default, Enum) else default
+        plain = isinstance(value, str | int | float | bool | None | list | dict)
+        if plain and value != default and value not in ([], {}):
+            found[field.name] = value
+    return found
+
+
+def _adapter(lora):
+    if lora is None:
+        return {}
+    targets = lora.target_modules
+    chosen = {
+        "use_peft": True,
+        "lora_r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+    }
+    if targets is not None:
+        chosen["lora_target_modules"] = (
+            [targets] if isinstance(targets, str) else sorted(targets)
+        )
+    if lora.modules_to_save:
+        chosen["lora_modules_to_save"] = list(lora.modules_to_save)
+    return chosen
+
+
+def _quantization(quantization, dtype, backend):
+    if quantization is None:
+        return {}
+    if quantization == "int8":
+        return {"load_in_8bit": True}
+    chosen = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quantization,
+        "use_bnb_nested_quant": True,
+    }
+    if backend == "fsdp2":  # shards are cut from tensors of one type
+        chosen["bnb_4bit_quant_storage"] = str(dtype).removeprefix("torch.")
+    return chosen
+
+
+def _accelerate(backend, processes, args):
+    kinds = {"single": "NO", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
+    kinds["ddp"] = "MULTI_CPU" if args.use_cpu else "MULTI_GPU"
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": kinds[backend],
+        "num_machines": 1,
+        "num_processes": processes,
+        "machine_rank": 0,
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "use_cpu": bool(args.use_cpu),
+    }
+    if backend == "fsdp2":
+        config["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_activation_checkpointing": False,
+        }
+    if backend == "deepspeed":
+        config["deepspeed_config"] = {
+            "zero_stage": 2,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "offload_optimizer_device": "none",
+            "offload_param_device": "none",
+            "zero3_init_flag": False,
+        }
+    return config
+
+
+def _recipe(folder, backend, processes):
+    recipe = str(folder / "recipe.yaml")
+    if backend == "single":
+        return Recipe(folder, ["trl", "sft", "--config", recipe])
+    script = "trl.scripts.sft"
+    launch = ["accelerate", "launch", "--config_file", str(folder / "accelerate.yaml")]
+    note = "DeepSpeed has not been run by this course." if backend == "deepspeed" else ""
+    return Recipe(folder, [*launch, "-m", script, "--config", recipe], note)
+
+
+def _write(path, content):
+    import yaml
+
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
