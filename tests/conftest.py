@@ -23,3 +23,11 @@ def tokenizer():
     from helpers import models
 
     return models.load_tokenizer(models.EMBEDDED)
+
+
+@pytest.fixture(autouse=True)
+def own_progress(monkeypatch, tmp_path):
+    """Exercises solved by a test are not written into the progress of whoever runs it."""
+    from helpers.exercises import _progress
+
+    monkeypatch.setattr(_progress, "path", lambda: tmp_path / _progress.FILE)

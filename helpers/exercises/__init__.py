@@ -1,8 +1,8 @@
-"""Exercises that check themselves: `check`, `hint` and `show` (all chapters).
+"""Exercises that check themselves: `check`, `hint`, `show`, `progress` (all chapters).
 
 Each chapter has one file here with a list `EXERCISES`. A check reads the answer you give,
 says what is off when it is wrong, and never gives the solution away; `show` does, when
-asked. Nothing needs a network.
+asked. Nothing needs a network; what is solved is kept in a small local file.
 """
 
 import functools
@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["Exercise", "Result", "Wrong", "check", "given", "hint", "show"]
+from helpers.exercises import _progress
+
+__all__ = ["Exercise", "Result", "Wrong", "check", "given", "hint", "progress", "show"]
 
 
 class Wrong(Exception):
@@ -83,8 +85,10 @@ def _inline_code(text):
 def catalogue():
     """All exercises by number, in order."""
     found = {}
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
-        for exercise in importlib.import_module(f"{__name__}.{module.name}").EXERCISES:
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    names = [name for name in names if not name.startswith("_")]
+    for name in sorted(names, key=lambda name: (name.startswith("appendix"), name)):
+        for exercise in importlib.import_module(f"{__name__}.{name}").EXERCISES:
             if exercise.number in found:
                 raise ValueError(f"exercise {exercise.number} is defined twice")
             found[exercise.number] = exercise
@@ -102,7 +106,8 @@ def check(number, answer):
     """
     exercise = _find(number)
     if answer is ...:
-        message = f"{exercise.title}. Replace the `...`, or ask for `hint({number!r})`."
+        title = exercise.title if exercise.title[-1] in ".?!" else f"{exercise.title}."
+        message = f"{title} Replace the `...`, or ask for `hint({number!r})`."
         return Result(number, "open", message)
     try:
         remark = exercise.check(answer)
@@ -111,7 +116,29 @@ def check(number, answer):
     except Exception as error:  # a reader's function may raise anything: say so kindly
         message = f"Your answer raised {type(error).__name__}: {error}"
         return Result(number, "wrong", message)
-    return Result(number, "right", remark or exercise.title)
+    return Result(number, "right", f"{remark or exercise.title} {_solved(number)}")
+
+
+def _solved(number):
+    solved, note = _progress.add(number)
+    bar = _progress.bar(*_count(number.split(".")[0], solved))
+    return f"{bar} {note}".rstrip()
+
+
+def _count(chapter, solved):
+    numbers = [n for n in catalogue() if n.split(".")[0] == chapter]
+    return sum(n in solved for n in numbers), len(numbers)
+
+
+def progress():
+    """What you have solved so far, as a bar for each chapter.
+
+    Kept as a list of numbers in the course's cache folder (`runtime.cache_folder()`); your
+    answers are not. In Colab that folder lives as long as the machine does.
+    """
+    solved, note = _progress.load()
+    chapters = dict.fromkeys(number.split(".")[0] for number in catalogue())
+    return _progress.Progress({c: _count(c, solved) for c in chapters}, note)
 
 
 def hint(number):
