@@ -188,7 +188,7 @@ def count_trainable(model, config):
     from peft.utils.other import get_pattern_key
 
     for field in _NOT_COUNTED:
-        if getattr(config, field):
+        if getattr(config, field, None):  # not every PEFT has every field
             raise ValueError(f"config.{field} is not covered by this formula")
     modules, config = _named_modules(model), _with_targets(model, config)
     total = 0
