@@ -52,7 +52,8 @@ class LeanSFTTrainer(SFTTrainer):
     """SFTTrainer that computes vocabulary scores only where a label is trained.
 
     The same loss and gradients as SFTTrainer's (tested), without scores for the prompt
-    and padding and without entropy metrics, which on a CPU cost more than the adapters.
+    and padding, without the tokens behind the last trained one, and without entropy
+    metrics, which on a CPU cost more than the adapters.
     On a CPU all that is not quantized shares one dtype, and 4-bit weights are unpacked
     once per run instead of twice per step (`match_dtypes`, `dequantized_once`).
     """
@@ -89,6 +90,7 @@ class LeanSFTTrainer(SFTTrainer):
         labels = inputs.pop("labels")
         # The scores at position t predict the token at t + 1.
         targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
+        targets, inputs = _without_tail(targets, inputs)
         trained = targets != -100
         with _scores_only_at(model, trained):
             logits = model(**inputs, use_cache=False).logits
@@ -98,6 +100,16 @@ class LeanSFTTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return loss / num_items_in_batch
+
+
+def _without_tail(targets, inputs):
+    # Behind the last trained token of the batch nothing matters: no earlier position of a
+    # causal model looks there. Two of some thirty tokens in a short chat.
+    columns = (targets != -100).any(0).nonzero()
+    if not len(columns) or set(inputs) != {"input_ids", "attention_mask"}:
+        return targets, inputs  # nothing trained, or packed: lengths stand elsewhere too
+    length = int(columns[-1]) + 1
+    return targets[:, :length], {name: x[:, :length] for name, x in inputs.items()}
 
 
 @contextlib.contextmanager

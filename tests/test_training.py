@@ -180,7 +180,8 @@ def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
     )
     logged = losses(trainer)
-    assert logged[-1] < logged[0] - 0.2
+    first, second = logged[:2], logged[2:]  # two epochs over the same two batches
+    assert sum(second) < sum(first) - 0.2
     trainer.model.save_pretrained(tmp_path / "adapter")
 
     batch = trainer.data_collator([trainer.train_dataset[0]])
