@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `sync`."""
+"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `doctor`, `sync`."""
 
 import argparse
 import subprocess
@@ -23,6 +23,9 @@ def main(arguments=None):
     lab = commands.add_parser("lab", help="open the course in JupyterLab")
     lab.add_argument("--port", type=int, default=8888)
 
+    doctor = commands.add_parser("doctor", help="look at this machine, or at an error")
+    doctor.add_argument("error", nargs="?", help="a message to look up instead")
+
     sync = commands.add_parser("sync", help="put bootstrap cells, badges and links in step")
     sync.add_argument("--repository", metavar="OWNER/NAME", help="point them at a fork")
 
@@ -32,7 +35,13 @@ def main(arguments=None):
     memory.add_arguments(plan)
 
     options = parser.parse_args(arguments)
-    chosen = {"run": _run, "lab": _lab, "sync": _sync, "plan": memory.main}
+    chosen = {
+        "run": _run,
+        "lab": _lab,
+        "doctor": _doctor,
+        "sync": _sync,
+        "plan": memory.main,
+    }
     return chosen[options.command](options)
 
 
@@ -63,9 +72,21 @@ def _lab(options):
     return subprocess.call(command, cwd=notebooks.root())
 
 
+def _doctor(options):
+    from helpers import doctor
+
+    if options.error:
+        print(doctor.explain(options.error))
+        return 0
+    print(found := doctor.report())
+    return int(found.failed)
+
+
 def _sync(options):
+    from helpers import doctor
+
     try:
-        changed = notebooks.sync(options.repository)
+        changed = notebooks.sync(options.repository) + doctor.write_page()
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -219,7 +219,7 @@ def embedded_folder():
     once, either may be killed, the disk may fill up. Later calls only compare the files
     with the recorded sizes and checksums. Raises OSError saying what failed and what to do.
     """
-    folder = runtime.cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    folder = _embedded_path()
     if _is_intact(folder):
         return folder
     from filelock import FileLock
@@ -229,6 +229,15 @@ def embedded_folder():
         if not _is_intact(folder):
             _build(folder)
     return folder
+
+
+def embedded_is_ready():
+    """Whether the embedded model is in the cache, complete; fetches nothing."""
+    return _is_intact(_embedded_path())
+
+
+def _embedded_path():
+    return runtime.cache_folder() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
 
 
 def _build(folder):

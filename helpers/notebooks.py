@@ -230,11 +230,11 @@ def _write(notebook, path):
     import nbformat
 
     # Indented as Jupyter does it.
-    _replace(path, nbformat.writes(notebook, version=4) + "\n")
+    replace_file(path, nbformat.writes(notebook, version=4) + "\n")
 
 
-def _replace(path, text):
-    # To a temporary name first, so that nothing is ever half-written.
+def replace_file(path, text):
+    """Write a text file whole or not at all: to a temporary name first, then renamed."""
     handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -278,7 +278,7 @@ def sync(repository=None):
         if path.suffix == ".ipynb":
             text = _with_cells_in_step(text, path.stem, target)
         if text != before:
-            _replace(path, text)
+            replace_file(path, text)
             changed.append(path.name)
     return changed
 

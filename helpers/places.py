@@ -73,6 +73,11 @@ def missing(project=None, pins=None):
     return found
 
 
+def tested_versions():
+    """The versions of requirements.txt, by name: what the course was run with."""
+    return dict(pin.split("==") for pin in _pins(_root() / "requirements.txt").values())
+
+
 def install_missing():
     """Install what `missing` names; says what it did, and nothing where nothing was."""
     if sys.version_info < OLDEST_PYTHON:

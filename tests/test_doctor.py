@@ -1,0 +1,607 @@
+"""The doctor: real errors are recognized, unknown ones left alone, the page is in step."""
+
+import errno
+import os
+import re
+import socket
+import subprocess
+import sys
+import traceback
+
+import nbformat
+import pytest
+import torch
+
+from helpers import chat, data, doctor, gguf, models, notebooks, places, runtime, serving
+from helpers.symptoms import SYMPTOMS
+
+NAMES = {symptom.name: symptom for symptom in SYMPTOMS}
+PROVOKED = {}
+
+
+def provokes(name):
+    """Register a function that raises the symptom's real error."""
+
+    def register(function):
+        assert name in NAMES
+        PROVOKED.setdefault(name, []).append(function)
+        return function
+
+    return register
+
+
+class World:
+    """A tiny model, a tokenizer and some rows to break things with."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.tokenizer = models.load_tokenizer(models.EMBEDDED)
+        self.tokenizer.chat_template = chat.chatml_template()
+        self.rows = data.load_yoda("train").select(range(4))
+        self.path("empty").mkdir()
+        self.model().save_pretrained(self.path("tiny"))
+
+    def path(self, name):
+        return self.folder / name
+
+    def model(self, width=32, vocabulary=None):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1}
+        shape |= {"vocab_size": vocabulary or len(self.tokenizer)}
+        config = LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=True)
+        return LlamaForCausalLM(config)
+
+    def quantized(self):
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        settings = BitsAndBytesConfig(load_in_4bit=True)
+        return AutoModelForCausalLM.from_pretrained(
+            self.path("tiny"), device_map="cpu", quantization_config=settings
+        )
+
+    def settings(self, **more):
+        from trl import SFTConfig
+
+        fixed = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+        return SFTConfig(str(self.path("run")), **fixed | more)
+
+    def trainer(self, **more):
+        from trl import SFTTrainer
+
+        given = {"processing_class": self.tokenizer, "train_dataset": self.rows}
+        given |= {"model": self.model(), "args": self.settings()}
+        return SFTTrainer(**given | more)
+
+    def adapted(self, **settings):
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(
+            self.model(), LoraConfig(**{"target_modules": ["q_proj"]} | settings)
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("doctor"))
+
+
+# ── one function per error, each raising the real thing ──────────────────────────────────
+@provokes("trainer_tokenizer")
+def _(world):
+    from trl import SFTTrainer
+
+    SFTTrainer(world.model(), tokenizer=world.tokenizer)
+
+
+@provokes("settings_in_trainer")
+def _(world):
+    from trl import SFTTrainer
+
+    SFTTrainer(world.model(), dataset_text_field="text")
+
+
+@provokes("max_seq_length")
+def _(world):
+    world.settings(max_seq_length=512)
+
+
+@provokes("max_seq_length")
+def _(world):
+    world.trainer(max_seq_length=512)
+
+
+@provokes("evaluation_strategy")
+def _(world):
+    world.settings(evaluation_strategy="steps")
+
+
+@provokes("group_by_length")
+def _(world):
+    world.settings(group_by_length=True)
+
+
+@provokes("overwrite_output_dir")
+def _(world):
+    world.settings(overwrite_output_dir=True)
+
+
+@provokes("other_keyword")
+def _(world):
+    world.settings(no_such_setting=1)
+
+
+@provokes("completion_only_collator")
+def _(world):
+    from trl import DataCollatorForCompletionOnlyLM  # noqa: F401
+
+
+@provokes("constant_length_dataset")
+def _(world):
+    from trl.trainer import ConstantLengthDataset  # noqa: F401
+
+
+@provokes("setup_chat_format")
+def _(world):
+    from trl import setup_chat_format  # noqa: F401
+
+
+@provokes("keys_not_to_convert")
+def _(world):
+    from transformers.integrations import get_keys_to_not_convert  # noqa: F401
+
+
+@provokes("remote_code")
+def _(world):
+    from transformers import DynamicCache
+
+    DynamicCache().get_usable_length(3)
+
+
+@provokes("remote_code")
+def _(world):
+    from transformers.utils import LossKwargs  # noqa: F401
+
+
+@provokes("purely_quantized")
+def _(world):
+    world.trainer(model=world.quantized())
+
+
+@provokes("cast_quantized")
+def _(world):
+    world.quantized().half()
+
+
+@provokes("packed_shapes")
+def _(world):
+    layer = world.quantized().model.layers[0].mlp.up_proj
+    torch.randn(1, 32) @ layer.weight
+
+
+@provokes("mixed_dtypes")
+def _(world):
+    torch.nn.Linear(4, 4).bfloat16()(torch.randn(1, 4))
+
+
+@provokes("meta_tensor")
+def _(world):
+    torch.nn.Linear(1, 1, device="meta").to("cpu")
+
+
+@provokes("flash_attention")
+def _(world):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(
+        world.path("tiny"), attn_implementation="flash_attention_2"
+    )
+
+
+@provokes("flash_attention")
+def _(world):
+    import flash_attn  # noqa: F401
+
+
+@provokes("hub_unreachable")
+def _(world):
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained("nobody/no-such-model", local_files_only=True)
+
+
+@provokes("no_model_there")
+def _(world):
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(world.path("empty"))
+
+
+@provokes("targets_unknown")
+def _(world):
+    from peft import LoraConfig, get_peft_model
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = Phi3Config(**shape, num_attention_heads=2, vocab_size=64, pad_token_id=0)
+    get_peft_model(Phi3ForCausalLM(config), LoraConfig())
+
+
+@provokes("targets_not_found")
+def _(world):
+    world.adapted(target_modules=["qkv_proj"])
+
+
+@provokes("adapter_twice")
+def _(world):
+    from peft import LoraConfig
+
+    world.trainer(model=world.adapted(), peft_config=LoraConfig())
+
+
+@provokes("adapter_missing")
+def _(world):
+    from peft import PeftModel
+
+    PeftModel.from_pretrained(world.model(), world.path("empty"))
+
+
+@provokes("adapter_other_base")
+def _(world):
+    from peft import PeftModel
+
+    world.adapted().save_pretrained(world.path("adapter"))
+    PeftModel.from_pretrained(world.model(width=64), world.path("adapter"))
+
+
+@provokes("nothing_requires_grad")
+def _(world):
+    ids = torch.tensor([[1, 2]])
+    model = world.model().requires_grad_(False)
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@provokes("empty_optimizer")
+def _(world):
+    frozen = world.model().requires_grad_(False)
+    torch.optim.AdamW([p for p in frozen.parameters() if p.requires_grad])
+
+
+@provokes("no_chat_template")
+def _(world):
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer.chat_template = None
+    tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+
+
+@provokes("no_markers")
+def _(world):
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    world.trainer(
+        args=world.settings(assistant_only_loss=True),
+        train_dataset=data.load_yoda("train", form="messages").select(range(4)),
+        processing_class=tokenizer,
+    )
+
+
+@provokes("roles")
+def _(world):
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer.chat_template = (  # as Mistral's and Gemma's say it
+        "{% if messages[0].role != 'user' %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}"
+        "{% endif %}"
+    )
+    tokenizer.apply_chat_template([{"role": "assistant", "content": "Hello"}])
+
+
+@provokes("no_text_column")
+def _(world):
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"question": ["a", "b"], "answer": ["c", "d"]})
+    world.trainer(train_dataset=rows)
+
+
+@provokes("no_dataset")
+def _(world):
+    world.trainer(train_dataset=None)
+
+
+@provokes("no_padding_token")
+def _(world):
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer.pad_token = None
+    tokenizer(["short", "a longer one"], padding=True)
+
+
+@provokes("unequal_rows")
+def _(world):
+    world.tokenizer(["short", "a longer one"], return_tensors="pt")
+
+
+@provokes("token_out_of_range")
+def _(world):
+    world.model(vocabulary=100)(input_ids=torch.tensor([[100]]))
+
+
+@provokes("bf16_without_support")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def _(world):
+    from trl import SFTConfig
+
+    SFTConfig(str(world.path("run")), bf16=True)
+
+
+@provokes("cpu_memory")
+def _(world):
+    torch.empty(10**15)
+
+
+@provokes("backward_twice")
+def _(world):
+    ids = torch.tensor([[1, 2]])
+    loss = world.model()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    loss.backward()
+
+
+@provokes("no_eval_data")
+def _(world):
+    world.trainer(args=world.settings(eval_strategy="steps", eval_steps=1))
+
+
+@provokes("best_model")
+def _(world):
+    when = {"eval_strategy": "epoch", "save_strategy": "steps"}
+    world.settings(load_best_model_at_end=True, **when)
+
+
+@provokes("disk_full")
+def _(world):
+    if not os.path.exists("/dev/full"):  # as on macOS and Windows
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+
+@provokes("no_converter")
+def _(world):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "word_embed_proj_dim": 32, "vocab_size": 64}
+    OPTForCausalLM(OPTConfig(**shape)).save_pretrained(world.path("opt"))
+    world.tokenizer.save_pretrained(world.path("opt"))
+    gguf.convert_model(world.path("opt"), world.path("opt.gguf"))
+
+
+@provokes("adapter_with_embeddings")
+def _(world):
+    adapted = world.adapted(modules_to_save=["embed_tokens"])
+    adapted.save_pretrained(world.path("with-embeddings"))
+    gguf.convert_adapter(
+        world.path("with-embeddings"), world.path("tiny"), world.path("adapter.gguf")
+    )
+
+
+@provokes("damaged_gguf")
+def _(world):
+    path = world.path("short.gguf")
+    path.write_bytes(b"GGUF\x03\0\0\0\x05")
+    gguf.inspect(path)
+
+
+@provokes("port_taken")
+def _(world):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        socket.create_server(taken.getsockname())
+
+
+@provokes("ollama_silent")
+def _(world):
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        port = once.getsockname()[1]  # free again below
+    serving.ollama_chat("yoda", [], address=f"127.0.0.1:{port}")
+
+
+@provokes("module_missing")
+def _(world):
+    code = "import trl"  # an interpreter without the environment's packages
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True
+    )
+    return done.stderr
+
+
+@provokes("restart_needed")
+def _(world):
+    raise places.RestartNeeded("Installed. This kernel had already loaded …")
+
+
+CASES = [(name, function) for name, found in PROVOKED.items() for function in found]
+
+
+@pytest.mark.parametrize(("name", "provoke"), CASES, ids=[name for name, _ in CASES])
+def test_the_real_error_is_recognized(name, provoke, world):
+    try:
+        text = provoke(world)
+    except (Exception, KeyboardInterrupt) as error:
+        assert doctor.explain(error).name == name, error
+        text = traceback.format_exc()
+    assert text, "nothing was raised"
+    assert doctor.explain(text).name == name
+
+
+def test_every_symptom_is_provoked_or_says_that_it_could_not_be():
+    by_error = {s.name for s in SYMPTOMS if s.provoked and s.error}
+    assert by_error == set(PROVOKED)
+    assert len(by_error) >= 30
+    assert len(NAMES) == len(SYMPTOMS), "two symptoms share a name"
+    for symptom in SYMPTOMS:
+        assert symptom.error or symptom.words, symptom.name
+
+
+# ── what a machine without a GPU cannot raise ────────────────────────────────────────────
+READ = [
+    (
+        "gated",
+        "huggingface_hub.errors.GatedRepoError: 401 Client Error. Cannot access gated",
+    ),
+    ("device_assert", "torch.AcceleratorError: CUDA error: device-side assert triggered"),
+    (
+        "cuda_memory",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+    ),
+    (
+        "numpy_binary",
+        "ValueError: numpy.dtype size changed, may indicate binary incompatibility",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), READ)
+def test_messages_that_were_only_read_are_recognized(name, text):
+    assert not NAMES[name].provoked
+    assert doctor.explain(text).name == name
+
+
+WORDS = [
+    ("endless", "the model never stops talking"),
+    ("endless", "it repeats the same sentence on and on"),
+    ("loss_nan", "my loss is nan from the first step"),
+    ("loss_nan", "training says loss = 0.0"),
+    ("frozen_adapter", "the loss does not go down"),
+    ("frozen_adapter", "after training it answers exactly as before"),
+    ("asks_questions", "it writes the question as well"),
+    ("bf16_on_t4", "on a T4 it is terribly slow"),
+    ("garbage_when_served", "fine in the notebook, but garbage in Ollama"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), WORDS)
+def test_a_readers_own_words(name, text):
+    assert doctor.explain(text).name == name
+    assert NAMES[name].words
+
+
+# ── what it does not know ────────────────────────────────────────────────────────────────
+def unrelated():
+    yield lambda: 1 / 0
+    yield lambda: {}["tex"]
+    yield lambda: [][3]
+    yield lambda: int("seven")
+    yield lambda: None.loss
+    yield lambda: os.listdir("no-such-folder")
+    yield lambda: __import__("no_such_module_anywhere")
+    yield lambda: "a" + 1
+    yield lambda: print(undefined_name)  # noqa: F821
+    yield lambda: torch.zeros(2) + torch.zeros(3)
+    yield lambda: torch.randn(2, 3) @ torch.randn(2, 3)
+    yield lambda: next(iter([]))
+    yield lambda: (lambda tokens: tokens)(tokenizer=1)
+    yield lambda: assert_false()
+
+
+def assert_false():
+    raise AssertionError("expected 3 tokens")
+
+
+@pytest.mark.parametrize("fail", list(unrelated()))
+def test_an_unrelated_error_is_unknown_and_gets_a_next_step(fail):
+    with pytest.raises(Exception) as caught:
+        fail()
+    found = doctor.explain(caught.value)
+    assert (found.name, found.symptom, found.proof) == ("unknown", None, None)
+    assert "doctor.report()" in found.cure
+    text = "".join(traceback.format_exception(caught.value))
+    assert doctor.explain(text).name == "unknown"
+
+
+def test_the_cause_behind_an_error_counts_too():
+    try:
+        try:
+            torch.nn.Linear(4, 4).bfloat16()(torch.randn(1, 4))
+        except RuntimeError as error:
+            raise ValueError("training failed") from error
+    except ValueError as error:
+        assert doctor.explain(error).name == "mixed_dtypes"
+        assert doctor.explain(traceback.format_exc()).name == "mixed_dtypes"
+
+
+def test_the_last_exception_is_taken_when_none_is_given(monkeypatch):
+    monkeypatch.setattr(sys, "last_value", OSError(28, "No space left on device"), False)
+    assert doctor.explain().name == "disk_full"
+    monkeypatch.delattr(sys, "last_value")
+    with pytest.raises(ValueError, match="there has been none"):
+        doctor.explain()
+    with pytest.raises(TypeError, match="an exception or a text, not int"):
+        doctor.explain(3)
+
+
+def test_an_explanation_shows_itself():
+    found = doctor.explain("the model never stops")
+    assert "pad = eos" in str(found) and "Chapter4.ipynb" in str(found)
+    assert "<table>" in found._repr_html_()
+    assert "<script>" not in doctor.explain("ValueError: <script>")._repr_html_()
+
+
+# ── the machine ──────────────────────────────────────────────────────────────────────────
+def test_the_report_of_this_machine():
+    found = doctor.report()
+    assert not found.failed, str(found)
+    abouts = [finding.about for finding in found.findings]
+    assert abouts[:3] == ["Python", "packages", "accelerator"]
+    assert re.match(r"\[OK\]\s+Python\s+3\.", str(found))
+
+
+def test_a_look_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(places, "missing", lambda: ["trl==9"])
+    monkeypatch.setattr(doctor, "_disk", lambda: 1 / 0)
+    found = doctor.report()
+    assert found.failed
+    assert "missing or too old: trl==9" in str(found)
+    assert "ZeroDivisionError" in str(found) and "[WARN]" in str(found)
+
+
+def test_other_versions_than_the_tested_ones_are_a_warning(monkeypatch):
+    tested = places.tested_versions() | {"trl": "0.12.0"}
+    monkeypatch.setattr(places, "tested_versions", lambda: tested)
+    level, text = doctor._packages()
+    assert level == doctor.WARN and "(tested: 0.12.0)" in text
+    assert "torch" not in text, "the build's name after the plus does not count"
+
+
+def test_the_command(monkeypatch, capsys):
+    from helpers.__main__ import main
+
+    assert main(["doctor", "RuntimeError: size mismatch for lora_A"]) == 0
+    assert "another base" in capsys.readouterr().out
+    monkeypatch.setattr(runtime, "hub_reachable", lambda: False)
+    assert main(["doctor"]) == 0
+    assert "[OK]    Python" in capsys.readouterr().out
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────
+def test_the_page_is_in_step():
+    text = (notebooks.root() / doctor.PAGE).read_text(encoding="utf-8")
+    assert text == doctor.page(), "run: python -m helpers sync"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_proof_is_a_heading_of_its_notebook(name):
+    if not (proof := NAMES[name].proof):
+        return
+    path = notebooks.root() / f"{proof[0]}.ipynb"
+    if not path.is_file():
+        pytest.skip(f"{proof[0]} is being written")
+    cells = nbformat.read(path, as_version=4).cells
+    headings = [
+        re.sub(r"[*`]", "", line.lstrip("# "))
+        for cell in cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("#")
+    ]
+    assert proof[1] in headings
