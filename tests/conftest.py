@@ -4,8 +4,11 @@ import os
 
 import pytest
 
-# Unit tests are many small operations: more threads only wait for each other.
+# Tests are many small operations: two processes of one thread each beat one process of
+# two threads, and two of two would only wait for each other.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
