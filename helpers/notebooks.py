@@ -5,6 +5,7 @@ under `outputs/`; `--write` also refreshes the stored notebook, refusing to stor
 reader would trip over: errors, stderr, progress-bar debris, absolute paths.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 # The one place that says where the course lives: `python -m helpers sync --repository`.
 REPOSITORY = "hands-on-fine-tuning/course"
+PICTURE = ".github/before-and-after.png"
 
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -233,12 +235,13 @@ def _write(notebook, path):
     replace_file(path, nbformat.writes(notebook, version=4) + "\n")
 
 
-def replace_file(path, text):
-    """Write a text file whole or not at all: to a temporary name first, then renamed."""
+def replace_file(path, content):
+    """Write a text or bytes whole or not at all: to a temporary name, then renamed."""
+    content = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -260,7 +263,8 @@ def bootstrap(repository=None):
 def sync(repository=None):
     """Put bootstrap cells, badges and links in step with this module, everywhere.
 
-    Covers the notebooks and the pages at the top. Stored outputs stay as they are.
+    Covers the notebooks and the pages at the top, and the README's figure, which is Chapter
+    0's. Stored outputs stay as they are.
     repository: 'owner/name', to point them all (and this module) at a fork.
     Returns the names of the files that changed; raises ValueError for another form.
     """
@@ -280,7 +284,21 @@ def sync(repository=None):
         if text != before:
             replace_file(path, text)
             changed.append(path.name)
+    path, picture = root() / PICTURE, _picture()
+    if not path.is_file() or path.read_bytes() != picture:
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, picture)
+        changed.append(path.name)
     return changed
+
+
+def _picture():
+    """README's figure: the last one stored in Chapter 0, base model beside fine-tuned."""
+    import nbformat
+
+    cells = nbformat.read(find("Chapter0"), as_version=4).cells
+    outputs = [output.get("data", {}) for c in cells for output in c.get("outputs", [])]
+    return base64.b64decode([o["image/png"] for o in outputs if "image/png" in o][-1])
 
 
 def _with_cells_in_step(text, name, repository):

@@ -219,3 +219,62 @@ def test_live_loss_prints_in_a_terminal(tmp_path, prepared, rows, capsys):
     trainer.train()
     assert "step 1" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
+
+
+# ── the loop in plain PyTorch ────────────────────────────────────────────────────────────
+def ten_steps(tmp_path, prepared, kind=SFTTrainer, accumulation=1, **changes):
+    """A trainer for ten updates in the order of the rows, and the batches it will see."""
+    trainer = kind(
+        model=chat.prepare_model(tiny(), prepared),
+        args=settings(
+            tmp_path,
+            max_steps=10,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            lr_scheduler_type="cosine",
+            warmup_steps=3,
+            adam_beta2=0.999,
+            weight_decay=0.0,
+            **changes,
+        ),
+        train_dataset=data.load_yoda("train").select(range(40 * accumulation)),
+        processing_class=copy.deepcopy(prepared),
+    )
+    return trainer, list(trainer.get_train_dataloader())
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, training.LeanSFTTrainer])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_plain_loop_has_the_trainers_losses(tmp_path, prepared, kind, accumulation):
+    trainer, batches = ten_steps(tmp_path, prepared, kind, accumulation)
+    assert len(batches) == 10 * accumulation
+    ours = training.simple_loop(
+        chat.prepare_model(tiny(), prepared),
+        batches,
+        lr=1e-2,
+        accumulation=accumulation,
+        schedule="cosine",
+        warmup_steps=3,
+    )
+    theirs = losses(trainer)
+    assert len(theirs) == len(ours) == 10
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert ours[-1] < ours[0] - 0.3, "and it learns"
+
+
+def test_accumulation_and_a_larger_batch_give_the_same_update(tmp_path, prepared):
+    _, batches = ten_steps(tmp_path, prepared)
+    rows = [
+        {name: tensor[i : i + 1] for name, tensor in batches[0].items()} for i in range(4)
+    ]
+    lengths = [int((row["labels"] != -100).sum()) for row in rows]
+    assert len(set(lengths)) > 1, "unequal rows, or a mean of means would pass too"
+    updates = []
+    for given, accumulation in (([batches[0]], 1), (rows, 4)):
+        model = tiny()
+        loss = training.simple_loop(model, given, lr=1e-3, accumulation=accumulation)
+        updates.append((loss[0], torch.cat([p.flatten() for p in model.parameters()])))
+    (loss_one, one), (loss_four, four) = updates
+    assert loss_one == pytest.approx(loss_four, abs=1e-5)
+    assert (one - four).abs().max() < 2e-4, "an AdamW step of 1e-3 would show"
+    assert (one - four).abs().mean() < 1e-7

@@ -1,0 +1,219 @@
+"""llama.cpp's programs: found, or built once; never half-built.
+
+The build runs for real here, with CMake and a compiler, on a source tree of three lines.
+The tree of llama.cpp itself is built by the slow set where the cache is cold.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import llamacpp, notebooks, runtime
+
+BUILDS = pytest.mark.skipif(
+    not (shutil.which("cmake") and shutil.which("c++")) or os.name == "nt",
+    reason="needs cmake and a C++ compiler",
+)
+PROGRAM = '#include <cstdio>\nint main() {{ std::puts("version: {version} (abc)"); }}\n'
+LISTS = """\
+cmake_minimum_required(VERSION 3.10)
+project(tiny CXX)
+set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+foreach(name llama-server llama-quantize llama-perplexity)
+  add_executable(${name} main.cpp)
+endforeach()
+"""
+SLOW_STEP = """\
+add_custom_target(wait ALL COMMAND sleep 60)
+add_dependencies(llama-server wait)
+"""
+MAKE = """\
+import sys
+from pathlib import Path
+from helpers import llamacpp
+
+llamacpp.source_folder = lambda: Path(sys.argv[1])
+print(llamacpp.binary("llama-server"))
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and nothing on PATH or in the variable."""
+    monkeypatch.setenv(runtime.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv(llamacpp.VARIABLE, raising=False)
+    found = shutil.which
+    monkeypatch.setattr(
+        shutil, "which", lambda name, **k: None if "llama-" in name else found(name, **k)
+    )
+    return runtime.cache_folder()
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text(LISTS)
+    (folder / "main.cpp").write_text(PROGRAM.format(version=6500))
+    return folder
+
+
+def start(source, cache):
+    """A process of its own that asks for the server."""
+    path = os.pathsep.join(
+        p for p in os.environ["PATH"].split(os.pathsep) if not shutil.which("npm", path=p)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", MAKE, str(source)],
+        cwd=notebooks.root(),
+        env={**os.environ, runtime.CACHE_VARIABLE: str(cache), "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def partials(cache):
+    return [path.name for path in cache.iterdir() if "partial" in path.name]
+
+
+# ── names and versions ───────────────────────────────────────────────────────────────────
+def test_an_unknown_program_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"one of llama-server, .*not 'llama-cli'"):
+        llamacpp.binary("llama-cli")
+
+
+@pytest.mark.parametrize(
+    ("said", "good"),
+    [
+        ("version: 6000 (abc)", True),
+        ("version: 5999 (abc)", False),
+        ("version: 0.5.0-dev (build 1, commit abc)", True),
+        ("version: unknown", False),
+        ("", False),
+    ],
+)
+def test_old_versions_are_told_from_new_ones(said, good):
+    assert llamacpp.is_new_enough(said) is good
+
+
+def test_a_program_that_is_none_has_no_version(tmp_path):
+    (tmp_path / "llama-server").write_text("not a program")
+    assert llamacpp.version(tmp_path / "llama-server") == ""
+
+
+# ── where it is looked for ───────────────────────────────────────────────────────────────
+def program(folder, version):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "llama-server"
+    path.write_text(f"#!/bin/sh\necho 'version: {version} (abc)'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+@pytest.mark.parametrize("inside", [".", "bin", "build/bin"])
+def test_the_variable_names_a_folder(cache, tmp_path, monkeypatch, inside):
+    path = program(tmp_path / "mine" / inside, 6100)
+    monkeypatch.setenv(llamacpp.VARIABLE, str(tmp_path / "mine"))
+    assert llamacpp.binary("llama-server").samefile(path)
+    with pytest.raises(FileNotFoundError, match="has no llama-quantize"):
+        llamacpp.binary("llama-quantize")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_an_old_one_in_the_variable_is_an_error_and_on_the_path_is_passed_over(
+    cache, tmp_path, monkeypatch
+):
+    path = program(tmp_path / "old", 4000)
+    monkeypatch.setenv(llamacpp.VARIABLE, str(tmp_path / "old"))
+    with pytest.raises(ValueError, match=r"says 'version: 4000.*build 6000"):
+        llamacpp.find("llama-server")
+    monkeypatch.delenv(llamacpp.VARIABLE)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: str(path))
+    assert llamacpp.find("llama-server") is None
+    newer = program(tmp_path / "new", 7000)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: str(newer))
+    assert llamacpp.find("llama-server") == newer
+
+
+@pytest.mark.parametrize(
+    ("system", "words"),
+    [
+        ("Linux", "apt-get install cmake"),
+        ("Darwin", "brew install llama.cpp"),
+        ("Windows", "winget install llama.cpp"),
+    ],
+)
+def test_without_tools_the_package_manager_is_named(
+    cache, source, monkeypatch, system, words
+):
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    monkeypatch.setattr(llamacpp.platform, "system", lambda: system)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(OSError, match=words) as error:
+        llamacpp.binary("llama-server")
+    assert "cmake" in str(error.value) and llamacpp.VARIABLE in str(error.value)
+    assert not partials(cache)
+
+
+def test_too_little_space_is_said_first(cache, source, monkeypatch):
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    monkeypatch.setattr(llamacpp, "_check_tools", lambda: None)
+    monkeypatch.setattr(llamacpp, "NEEDED_BYTES", 10**18)
+    with pytest.raises(OSError, match=runtime.CACHE_VARIABLE):
+        llamacpp.binary("llama-server")
+    assert not partials(cache)
+
+
+# ── built ────────────────────────────────────────────────────────────────────────────────
+@BUILDS
+def test_it_is_built_once_kept_and_built_again_when_damaged(cache, source, monkeypatch):
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    assert llamacpp.find("llama-server") is None
+    path = llamacpp.binary("llama-server")
+    assert llamacpp.version(path) == "version: 6500 (abc)"
+    assert llamacpp.find("llama-quantize") == path.parent / "llama-quantize"
+    made = path.stat().st_mtime_ns
+    assert llamacpp.binary("llama-server").stat().st_mtime_ns == made
+    assert llamacpp.has_web_page() is False and not partials(cache)
+    (path.parent / "llama-perplexity").write_bytes(b"cut")
+    assert llamacpp.find("llama-server") is None, "one damaged program spoils the folder"
+    assert llamacpp.binary("llama-server").stat().st_mtime_ns > made
+
+
+@BUILDS
+def test_a_failing_build_is_quoted_and_leaves_nothing(cache, source, monkeypatch):
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    (source / "main.cpp").write_text("int main() { return nonsense; }\n")
+    with pytest.raises(OSError, match=r"cmake --build (.|\n)*nonsense"):
+        llamacpp.binary("llama-server")
+    assert llamacpp.find("llama-server") is None and not partials(cache)
+
+
+@BUILDS
+def test_a_killed_build_is_never_used_and_two_at_once_build_once(cache, source):
+    slow = source.parent / "slow"
+    shutil.copytree(source, slow)
+    (slow / "CMakeLists.txt").write_text(LISTS + SLOW_STEP)
+    victim = start(slow, cache)
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*.partial-*/made/CMakeCache.txt")):
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    assert partials(cache), "it was in the middle"
+
+    both = [start(source, cache), start(source, cache)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0] != ""
+    assert sum("compiling" in err for _, err in said) == 1, "the other one waited"
+    assert not partials(cache)
