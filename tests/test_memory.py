@@ -70,6 +70,8 @@ def real_peak(config, recipe, steps=2):
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    if recipe.mixed_precision:  # as the trainer does it: accelerate's own wrapping
+        model = accelerated(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     kinds = {"adamw_torch": {"foreach": True}, "adamw_torch_fused": {"fused": True}}
     optimizer = torch.optim.AdamW(trained, **kinds[recipe.optimizer])
@@ -86,6 +88,16 @@ def real_peak(config, recipe, steps=2):
             optimizer.step()
             optimizer.zero_grad()
     return ledger.peak
+
+
+def accelerated(model):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    try:
+        return Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def cpu_recipe(**choices):
@@ -116,6 +128,23 @@ def test_fake_equals_real_to_the_byte(kind, attention, part):
         real = real_peak(TINY[kind], recipe)
         full = memory_step.trace(TINY[kind], recipe).peak()[0]
         assert full == real, recipe
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lora):
+    recipe = cpu_recipe(
+        dtype=torch.float32, mixed_precision=torch.bfloat16, lora=lora,
+        gradient_checkpointing=checkpointing, attention="eager",
+    )  # fmt: skip
+    real = real_peak(TINY[kind], recipe)
+    assert memory_step.trace(TINY[kind], recipe).peak()[0] == real
+    plain = cpu_recipe(
+        dtype=torch.float32, lora=lora,
+        gradient_checkpointing=checkpointing, attention="eager",
+    )  # fmt: skip
+    assert real != real_peak(TINY[kind], plain), "autocast did something"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
