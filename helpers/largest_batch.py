@@ -34,12 +34,13 @@ def find_max_batch_size(trainer, start=None, *, memory_budget=None):
         if value is not None and (isinstance(value, bool) or not whole):
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     budget = memory_budget or _available(trainer.model.device)
-    peaks = {}
+    peaks = {}  # measured ones only: what was merely expected is no ground to stand on
 
     def fits(size):
         if size not in peaks:
-            expected = _extrapolate(peaks, size)
-            peaks[size] = expected if expected > budget else _peak(trainer, rows, size)
+            if _extrapolate(peaks, size) > budget:
+                return False
+            peaks[size] = _peak(trainer, rows, size)
         return peaks[size] <= budget
 
     with _untouched(trainer):
@@ -80,9 +81,9 @@ def _available(device):
 
 
 def _extrapolate(peaks, size):
-    """What `size` will take, on the line through the two largest tries; 0 if unknown."""
-    known = sorted((s, p) for s, p in peaks.items() if p != float("inf"))[-2:]
-    if len(known) < 2 or size < known[1][0]:
+    """What `size` will take, on the line through the two nearest below; 0 if unknown."""
+    known = sorted((s, p) for s, p in peaks.items() if s < size and p != float("inf"))[-2:]
+    if len(known) < 2:
         return 0
     (s1, p1), (s2, p2) = known
     return p2 + (p2 - p1) * (size - s2) / (s2 - s1)

@@ -21,6 +21,7 @@ LEFT_OUT = {
     "logging_dir",
     "hub_token",
     "per_device_train_batch_size",
+    "gradient_checkpointing",  # the old name of activation_checkpointing
 }
 
 

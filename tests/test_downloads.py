@@ -84,7 +84,7 @@ def test_a_full_disk_keeps_its_number(index, tmp_path, monkeypatch):
     real = downloads.subprocess.Popen
 
     def full(command, **settings):  # pip's own words, from a real full device
-        script = "import sys; open('/dev/full', 'w').write('x')"
+        script = "with open('/dev/full', 'w') as file: file.write('x')"
         return real([command[0], "-c", script], **settings)
 
     monkeypatch.setattr(downloads.subprocess, "Popen", full)

@@ -65,13 +65,10 @@ def source(tmp_path):
 
 def start(source, cache):
     """A process of its own that asks for the server."""
-    path = os.pathsep.join(
-        p for p in os.environ["PATH"].split(os.pathsep) if not shutil.which("npm", path=p)
-    )
     return subprocess.Popen(
         [sys.executable, "-c", MAKE, str(source)],
         cwd=notebooks.root(),
-        env={**os.environ, runtime.CACHE_VARIABLE: str(cache), "PATH": path},
+        env={**os.environ, runtime.CACHE_VARIABLE: str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
