@@ -325,6 +325,7 @@ def fidelity(float_gguf, quantized, text, *, context=128):
         prompt, logits = Path(scratch, "text.txt"), Path(scratch, "logits")
         prompt.write_text(text, encoding="utf-8")
         common = ["-c", str(context), "-b", str(context), "--kl-divergence-base", logits]
+        common += llamacpp.threads()
         for name, path in {"original": float_gguf, **quantized}.items():
             found = inspect(path)
             base = name == "original"

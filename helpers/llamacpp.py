@@ -121,6 +121,12 @@ def is_new_enough(text):
     return bool(match) and (bool(match[2]) or int(match[1]) >= OLDEST_BUILD)
 
 
+def threads():
+    """The option that keeps the programs to OMP_NUM_THREADS, where that is set."""
+    number = os.environ.get("OMP_NUM_THREADS", "")
+    return ["--threads", number] if number.isdigit() else []
+
+
 def has_web_page():
     """Whether the programs of the cache were built with the server's web page inside."""
     try:

@@ -86,6 +86,7 @@ class LlamaServer:
         command = [llamacpp.binary("llama-server"), "--model", self.model]
         command += ["--host", HOST, "--port", self.port, "--offline"]
         command += ["--ctx-size", self.context * self.slots, "--parallel", self.slots]
+        command += llamacpp.threads()
         if self.adapter:
             command += ["--lora", self.adapter]
         if self.template is not None:
