@@ -104,7 +104,8 @@ class LlamaServer:
                     f"of serving {self.model.name}. Its last words:\n{self.log()}"
                 )
             with contextlib.suppress(OSError, ConnectionError):  # not listening yet: 503
-                if self.get("/health").get("status") == "ok":
+                # Whoever answers on that port may be somebody else: do not wait long.
+                if self._request("/health", None, seconds=2).get("status") == "ok":
                     return
             time.sleep(0.1)
         raise RuntimeError(f"llama-server was not ready after {seconds} s:\n{self.log()}")

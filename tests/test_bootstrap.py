@@ -267,7 +267,7 @@ def surroundings(repository, tmp_path, **more):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.environments
 def test_colab_gets_what_is_missing_and_the_next_cells_run(colab, repository, tmp_path):
     python = environments.twin(colab, tmp_path / "environment")
     before = versions(python)
@@ -327,7 +327,7 @@ print(json.dumps([
 """
 
 
-@pytest.mark.slow
+@pytest.mark.environments
 def test_on_a_pod_the_caches_land_on_the_volume(colab, repository, tmp_path):
     python = environments.twin(colab, tmp_path / "environment")
     volume = tmp_path / "volume"
