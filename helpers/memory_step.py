@@ -143,7 +143,8 @@ def build(config, recipe):
             "use_reentrant": False,
             "context_fn": lambda: (contextlib.nullcontext(), again()),
         }
-        model.gradient_checkpointing_enable(options)
+        switch = getattr(model, "activation_checkpointing_enable", None)
+        (switch or model.gradient_checkpointing_enable)(options)  # by its older name
         if recipe.lora is not None:
             model.enable_input_require_grads()
     return model.train()
