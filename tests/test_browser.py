@@ -142,12 +142,12 @@ def test_chapter_4_and_its_widget_in_jupyterlab(desk, tmp_path):
     with jupyterlab(desk, tmp_path) as address, open_page() as page:
         run_all(page, address("Chapter4.ipynb"), cells)
         area = page.locator(".widget-textarea textarea").last
-        area.wait_for(timeout=20_000)
+        area.wait_for(timeout=120_000)
         drawn = page.locator(".widget-html-content").last
         assert "Jabberwocky" not in drawn.inner_text()
         area.fill(area.input_value().replace("<|im_start|>", "Jabberwocky "))
         area.blur()
-        wait_for(lambda: "Jabberwocky" in drawn.inner_text(), 60, "the widget")
+        wait_for(lambda: "Jabberwocky" in drawn.inner_text(), 240, "the widget")
         assert not broken_images(page)
 
 
@@ -159,11 +159,11 @@ def test_the_planner_widget_of_chapter_5(desk, tmp_path):
     with jupyterlab(desk, tmp_path) as address, open_page() as page:
         run_all(page, address("Chapter5.ipynb"), cells)
         choice = page.locator("select").filter(has_text="nf4").first
-        choice.wait_for(timeout=20_000)
+        choice.wait_for(timeout=120_000)
         drawn = page.locator(".widget-html-content").last
         before = drawn.inner_html()
         choice.select_option("none")
-        wait_for(lambda: drawn.inner_html() != before, 120, "the new prediction")
+        wait_for(lambda: drawn.inner_html() != before, 300, "the new prediction")
 
 
 # ── stored pages ─────────────────────────────────────────────────────────────────────────
@@ -215,9 +215,9 @@ def test_the_servers_web_page_translates_a_sentence(tmp_path):
     ):
         page.goto(server.url, wait_until="domcontentloaded", timeout=180_000)
         box = page.locator("textarea").first
-        box.wait_for(timeout=30_000)
+        box.wait_for(timeout=120_000)
         box.fill("The old key opened a hidden door.")
         box.press("Enter")
         answer = re.compile(r"(hidden door|old key), ", re.IGNORECASE)
-        wait_for(lambda: answer.search(page.inner_text("body")), 120, "the answer")
+        wait_for(lambda: answer.search(page.inner_text("body")), 300, "the answer")
         assert json.loads(json.dumps(server.get("/health"))) == {"status": "ok"}
