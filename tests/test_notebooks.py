@@ -2,12 +2,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 
-from helpers import notebooks, places
+from helpers import notebooks
 
 ROOT = notebooks.root()
 WRITTEN = notebooks.written()
@@ -152,25 +151,6 @@ def test_the_command_line_reports_a_failure(tmp_path):
     )
     assert done.returncode == 1
     assert "name must be one of" in done.stderr and "Traceback" not in done.stderr
-
-
-# ── the bootstrap cell ───────────────────────────────────────────────────────────────────
-def test_the_bootstrap_does_nothing_where_helpers_imports(tmp_path):
-    code = notebooks.bootstrap() + "\nprint(os.getcwd())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).resolve() == tmp_path.resolve()
-
-
-def test_nothing_is_installed_where_all_is_there(capsys):
-    places.install_missing()
-    assert capsys.readouterr().out == ""
 
 
 # ── every chapter, top to bottom ─────────────────────────────────────────────────────────
