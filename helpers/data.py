@@ -16,11 +16,12 @@ COLUMNS = ("sentence", "translation", "translation_extra")
 HUB_NAME = "dvgodoy/yoda_sentences"  # the book's set: 720 rows, one split
 
 INTERJECTIONS = (
-    "Yes, hrrrm.",
-    "Hmm.",
-    "Herh herh herh.",
-    "Yrsssss.",
-    "Mmm, yes.",
+    "Yes, hrrrm,",
+    "Hmm,",
+    "Herh herh herh,",
+    "Yrsssss,",
+    "Mmm, yes,",
+    "Mmm,",
 )
 
 # A stranded "it's" or "I'll" cannot end an English sentence, so Yoda says both words. Only
@@ -37,19 +38,24 @@ CONTRACTIONS = {"i'm": "i am"} | {
 }
 
 # Looser than INTERJECTIONS on purpose: a model that hums one r too many still hums.
-_SOUND = r"\b(?:yes|h+r*m+|m{2,}|he+r?h|y+r*s{2,})\b"
-_HUMMING = re.compile(rf"(?<=[.!?])\s+(?:{_SOUND}[\s,.!?]*)+$", re.IGNORECASE)
+_SOUND = r"(?:h+r*m+|m{2,}|he+r?h|y+r*s{2,})\b"
+_AT_START = re.compile(
+    rf"^(?:yes,\s+)?{_SOUND}(?:[\s,]+{_SOUND})*(?:,\s+yes)?\s*[,.!?\u2026]+\s+(?=\w)(?!{_SOUND})",
+    re.IGNORECASE,
+)
+_AT_END = re.compile(rf"(?<=[.!?])\s+(?:(?:\byes\b|\b{_SOUND})[\s,.!?]*)+$", re.IGNORECASE)
 _PUNCTUATION = re.compile(r"[^\w\s'-]|(?<!\w)['-]|['-](?!\w)")
 
 
 # ── scoring helpers ──────────────────────────────────────────────────────────────────────
 def strip_interjections(text):
-    """Return `text` without the humming and chuckling after its last sentence (Chapter 0).
+    """Return `text` without the humming before and behind its sentence (Chapter 0).
 
-    Sounds like those of INTERJECTIONS go, however long they are drawn out; a word that is
-    part of the sentence ("Say yes, you must.") stays.
+    Sounds like those of INTERJECTIONS go, however long they are drawn out, from the start
+    (where our rows have them) and from the end (where the book's have). A word that belongs
+    to the sentence ("Say yes, you must.") stays, and so does a text that is all sound.
     """
-    return _HUMMING.sub("", text.strip())
+    return _AT_END.sub("", _AT_START.sub("", text.strip(), count=1))
 
 
 def words(text):
@@ -70,8 +76,8 @@ def load_yoda(split="train", *, interjections=True, form="prompt_completion", so
     split: 'train' or 'test'. form: 'prompt_completion' (columns prompt and completion, each
     a list with one message), 'messages' (one column, a user and an assistant message) or
     'columns' (sentence, translation, translation_extra and, where there is one, kind).
-    interjections: the assistant says translation_extra, which hums at the end of some rows,
-    instead of translation; 'columns' always has both.
+    interjections: the assistant says translation_extra, which begins with a hum, instead of
+    translation; 'columns' always has both.
     source: None for the packaged rows; 'hub' for the book's `dvgodoy/yoda_sentences`; or a
     path to JSON lines with those columns. The last two come without a split, so about one
     row in six, chosen by a hash of its sentence, is held out as 'test'.

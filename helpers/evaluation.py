@@ -3,7 +3,7 @@
 Three questions, from strict to kind: is the answer exactly the reference; how close is its
 text (chrF); is it at least a reordering of the right words, which may be fine Yoda-speak
 that the reference's author did not choose. Case, punctuation at the end and interjections
-such as "Yes, hrrrm." are ignored by all three.
+such as "Yes, hrrrm," are ignored by all three.
 """
 
 import html
@@ -14,6 +14,7 @@ from helpers import data
 from helpers.generation import generate
 
 ADDED_WORDS = ("you", "must")  # what a translated command may add (see helpers/yoda)
+SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def _shorten(text, width=90):
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def evaluate(model, tokenizer, dataset, *, limit=None, max_new_tokens=40):
+def evaluate(model, tokenizer, dataset, *, limit=None, max_new_tokens=None):
     """Answer every prompt greedily and compare with the references (Chapter 0).
 
     dataset: rows with 'prompt' and 'completion' (message lists), with 'messages', or with
         'sentence' and 'translation', as `data.load_yoda` gives them.
     limit: judge only the first `limit` rows. max_new_tokens: cut longer answers off, as an
-        untrained model would ramble on.
+        untrained model would ramble on; None: a little behind the longest reference.
     Returns a `Report`. Raises ValueError for an empty dataset or unknown columns.
     """
     if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -92,6 +93,9 @@ def evaluate(model, tokenizer, dataset, *, limit=None, max_new_tokens=40):
     if not rows:
         raise ValueError("dataset is empty: there is nothing to judge")
     prompts, references = zip(*(_split(row) for row in rows), strict=True)
+    if max_new_tokens is None:
+        encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
+        max_new_tokens = max(map(len, encoded)) + SPARE_TOKENS
     answers = generate(model, tokenizer, list(prompts), max_new_tokens=max_new_tokens)
     return judge([prompt[-1]["content"] for prompt in prompts], references, answers)
 
@@ -154,7 +158,9 @@ def valid_order(sentence, answer):
 
     A command may gain "you must". An answer in the original order is not valid.
     """
-    before, after = data.words(sentence), data.words(data.strip_interjections(answer))
+    before, after = (
+        data.words(data.strip_interjections(text)) for text in (sentence, answer)
+    )
     added = Counter(after) - Counter(before)
     missing = Counter(before) - Counter(after)
     only_listed = not added or added == Counter(ADDED_WORDS)

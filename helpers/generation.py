@@ -33,7 +33,7 @@ def generate(
     max_new_tokens=64,
     response_only=True,
     skip_special_tokens=True,
-    batch_size=64,
+    batch_size=80,
 ):
     """Continue one prompt or many, greedily (Chapters 0 and 6).
 

@@ -9,6 +9,8 @@ from helpers import data, evaluation
     [
         ("The tea is hot.", "Hot, the tea is.", True),
         ("The tea is hot.", "Hot, the tea is. Yes, hrrrm.", True),
+        ("The tea is hot.", "Yrsssss, hot, the tea is.", True),
+        ("The tea is hot.", "Yrsssss, the tea is hot.", False),  # he only hummed
         ("The tea is hot.", "hot the tea is", True),
         ("The tea is hot.", "The tea is hot.", False),  # nothing moved
         ("The tea is hot.", "Hot, the tea was.", False),  # a word changed
@@ -26,7 +28,7 @@ def test_valid_order(sentence, answer, valid):
 def test_exact_ignores_case_end_and_interjections_only():
     report = evaluation.judge(
         ["The tea is hot."] * 4,
-        ["Hot, the tea is. Hmm."] * 4,
+        ["Hmm, hot, the tea is."] * 4,
         [
             "hot, the tea is",
             "Hot, the tea is! Yes, hrrrm.",

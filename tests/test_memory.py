@@ -92,12 +92,20 @@ def real_peak(config, recipe, steps=2):
 
 def accelerated(model):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
 
+    # The state is one per process, and the trainers of other tests live in it: put it back.
+    kept = [
+        (state, dict(state))
+        for state in (AcceleratorState._shared_state, PartialState._shared_state)
+    ]
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        for state, content in kept:
+            state.clear()
+            state.update(content)
 
 
 def cpu_recipe(**choices):

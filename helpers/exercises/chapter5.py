@@ -280,7 +280,10 @@ EXERCISES = [
         "5.4",
         "Sixty-four rows on two cards",
         _check_accumulation,
-        hints=("How many rows go through both GPUs at once?",),
+        hints=(
+            "How many rows go through both GPUs at once?",
+            "4 rows on each of 2 GPUs; how often, until 64 have gone through?",
+        ),
         solution="answer = 64 // (2 * 4)\n",
     ),
     Exercise(
@@ -344,7 +347,10 @@ EXERCISES = [
         "5.9",
         "A chance to move",
         _check_probability,
-        hints=("The distance travelled, over the distance to the neighbour.",),
+        hints=(
+            "The distance travelled, over the distance to the neighbour.",
+            "On average it must come out right: chance × distance = update.",
+        ),
         solution="answer = 0.001953125 / 0.0078125\n",
     ),
 ]
