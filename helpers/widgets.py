@@ -276,22 +276,21 @@ def template_playground(tokenizer, *, messages=None, template=None):
 
 
 def memory_planner(models=("SmolLM2-135M-Instruct", "Llama-3.1-8B")):
-    """Change a choice of a training run and see the predicted bar move (Chapter 5)."""
+    """Change a choice of a training run and see the predicted bar move (Chapter 5).
+
+    models: catalogue names, configs or Hub ids, the first one to begin with.
+    """
     from helpers import memory
 
     def draw(model, quantization, rank, sequence_length, batch_size, checkpointing, card):
-        kind = None if quantization == "none" else quantization
-        try:
-            estimate = memory.estimate_training(
-                model,
-                quantization=kind,
-                lora=rank or None,
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                gradient_checkpointing=checkpointing,
-            )
-        except ValueError as error:
-            return _Message(str(error))
+        estimate = memory.estimate_training(
+            model,
+            quantization=None if quantization == "none" else quantization,
+            lora=rank or None,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            gradient_checkpointing=checkpointing,
+        )
         return estimate.plot(card)
 
     explore(
@@ -304,16 +303,3 @@ def memory_planner(models=("SmolLM2-135M-Instruct", "Llama-3.1-8B")):
         checkpointing=True,
         card=list(memory.GPUS),
     )
-
-
-class _Message:
-    """A sentence in place of a picture, for choices that do not go together."""
-
-    def __init__(self, text):
-        self.text = text
-
-    def __str__(self):
-        return self.text
-
-    def _repr_html_(self):
-        return f"<p>{html.escape(self.text)}</p>"

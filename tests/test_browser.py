@@ -153,7 +153,7 @@ def test_chapter_4_and_its_widget_in_jupyterlab(desk, tmp_path):
 
 def test_the_planner_widget_of_chapter_5(desk, tmp_path):
     def planner(index, cell):
-        return "here = runtime.start()" in cell.source or "def planner(" in cell.source
+        return "here = runtime.start()" in cell.source or "memory_planner(" in cell.source
 
     cells = put(desk, "Chapter5", keep=planner)
     with jupyterlab(desk, tmp_path) as address, open_page() as page:
@@ -162,8 +162,10 @@ def test_the_planner_widget_of_chapter_5(desk, tmp_path):
         choice.wait_for(timeout=120_000)
         drawn = page.locator(".widget-html-content").last
         before = drawn.inner_html()
+        assert "data:image/png" in before, "a bar against the card's line"
         choice.select_option("none")
         wait_for(lambda: drawn.inner_html() != before, 300, "the new prediction")
+        assert not broken_images(page)
 
 
 # ── stored pages ─────────────────────────────────────────────────────────────────────────

@@ -38,7 +38,7 @@ WRONG = [
     ("B.1", -73, "Off by one"),
     ("B.1", 74, "positive"),
     ("B.1", 7, "place values"),
-    ("B.1", "10110110b", "single number"),
+    ("B.1", "10110110b", "one number"),
     ("B.2", 22, "first bit"),
     ("B.2", -6, "leading 1"),
     ("B.2", -1.375 * 2**19, "bias"),

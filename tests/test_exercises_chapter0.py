@@ -22,7 +22,7 @@ WRONG = [
     ("0.1", 6.5 * 4.127 + 8, "gigabits"),
     ("0.1", 4.353e9, "In GB"),
     ("0.1", 28, "Two piles"),
-    ("0.1", "four", "One number"),
+    ("0.1", "four", "one number"),
     ("0.2", 32, "one epoch"),
     ("0.2", 375, "Those are batches"),
     ("0.2", 93, "not carried over"),

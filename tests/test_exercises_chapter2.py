@@ -40,7 +40,7 @@ WRONG = [
     ("2.1", 3.0 / 15, "both signs"),
     ("2.1", 4.5 / 4, "each bit doubles"),
     ("2.1", 7, "Divide the whole range"),
-    ("2.1", "wide", "A single number is wanted"),
+    ("2.1", "wide", "one number"),
     ("2.2", 4.0, "block scales take some space"),
     ("2.2", 4.5, "without double quantization"),
     ("2.2", 33.01, "gigabits"),

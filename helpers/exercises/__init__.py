@@ -22,6 +22,21 @@ class Wrong(Exception):
     """Raised by a check with feedback that says what is off."""
 
 
+def one_number(answer):
+    """The answer as a float, whatever kind of number it came as; for checks."""
+    try:
+        if isinstance(answer, bool):
+            raise TypeError
+        return float(answer)
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of many
+        raise Wrong(f"The answer should be one number, not {str(answer)[:60]!r}.") from None
+
+
+def near(a, b, tolerance=1e-3):
+    """True when `a` is `b` but for a relative `tolerance`; for checks."""
+    return abs(a - b) <= tolerance * abs(b)
+
+
 @dataclass(frozen=True)
 class Exercise:
     """One exercise.

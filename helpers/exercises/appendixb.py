@@ -6,15 +6,7 @@ import numpy as np
 import torch
 
 from helpers import floats
-from helpers.exercises import Exercise, Wrong
-
-
-def _number(answer):
-    """The answer as a float, whatever kind of number it came as."""
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        raise Wrong(f"The answer should be a single number; this is {answer!r}.") from None
+from helpers.exercises import Exercise, Wrong, one_number
 
 
 def _callable(answer, name):
@@ -25,7 +17,7 @@ def _callable(answer, name):
 
 # ── B.1 ──────────────────────────────────────────────────────────────────────────────────
 def _check_signed_byte(answer):
-    number = _number(answer)
+    number = one_number(answer)
     if number == -74:
         return (
             "To negate a two's complement number, flip every bit and add one: that turns "
@@ -47,7 +39,7 @@ def _check_signed_byte(answer):
 
 # ── B.2 ──────────────────────────────────────────────────────────────────────────────────
 def _check_fp16_by_hand(answer):
-    number = _number(answer)
+    number = one_number(answer)
     fraction, power = 0b0110000000 / 1024, 0b10011 - 15
     if number == -(1 + fraction) * 2**power:
         return "The three fields, one sentence each, and you can read any format there is."
@@ -107,7 +99,7 @@ def _check_spell_bf16(answer):
 
 # ── B.4 ──────────────────────────────────────────────────────────────────────────────────
 def _check_smallest(answer):
-    number = _number(answer)
+    number = one_number(answer)
     if number == 2.0**-16:
         return "Pattern 0 00000 01: the first step up from zero, and it has one digit only."
     if number == 2.0**-14:
@@ -128,7 +120,7 @@ def _check_smallest(answer):
 
 # ── B.5 ──────────────────────────────────────────────────────────────────────────────────
 def _check_counting(answer):
-    number = _number(answer)
+    number = one_number(answer)
     if number == 257:
         return (
             "Seven mantissa bits and the leading 1 make eight digits, enough for every "

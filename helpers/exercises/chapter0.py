@@ -2,7 +2,7 @@
 
 import functools
 
-from helpers.exercises import Exercise, Wrong
+from helpers.exercises import Exercise, Wrong, near, one_number
 
 MESSAGES = [
     {"role": "user", "content": "The coffee is cold."},
@@ -19,19 +19,13 @@ def _tokenizer():
     return tokenizer
 
 
-def _number(answer):
-    if isinstance(answer, bool) or not isinstance(answer, int | float):
-        raise Wrong(f"One number is wanted, not {type(answer).__name__}.")
-    return float(answer)
-
-
 def _near(value, target):
-    return abs(value - target) <= 0.005 * abs(target)
+    return near(value, target, 0.005)
 
 
 # 0.1 ---------------------------------------------------------------------------------
 def _check_size(answer):
-    size = _number(answer)
+    size = one_number(answer)
     if size > 1e6:
         raise Wrong("In GB, please: divide bytes by 1e9.")
     if _near(size, 6.5 * 4.127 / 8 + 0.5 * 2):
@@ -49,7 +43,7 @@ def _check_size(answer):
 
 # 0.2 ---------------------------------------------------------------------------------
 def _check_steps(answer):
-    steps = _number(answer)
+    steps = one_number(answer)
     if steps == 96:
         return "125 batches an epoch, 32 updates (the last from one batch only), 3 epochs."
     if steps == 32:

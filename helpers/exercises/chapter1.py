@@ -2,7 +2,7 @@
 
 import math
 
-from helpers.exercises import Exercise, Wrong
+from helpers.exercises import Exercise, Wrong, one_number
 
 
 def _numbers(answer, expected, name):
@@ -18,13 +18,6 @@ def _numbers(answer, expected, name):
 
 def _close(a, b, tolerance=2e-3):
     return abs(a - b) <= tolerance * max(1.0, abs(b))
-
-
-def _number(answer):
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        raise Wrong("The answer should be one number.") from None
 
 
 # ── 1.1 ──────────────────────────────────────────────────────────────────────────────────
@@ -59,7 +52,7 @@ def _check_by_hand(answer):
 
 # ── 1.2 ──────────────────────────────────────────────────────────────────────────────────
 def _check_spread(answer):
-    spread = _number(answer)
+    spread = one_number(answer)
     if _close(spread, 32):
         return (
             "Each of the 256 products has a variance of 4, variances add, and the root of "
@@ -162,7 +155,7 @@ CACHE = 30 * 2 * 3 * 64 * 2
 
 
 def _check_cache(answer):
-    number = _number(answer)
+    number = one_number(answer)
     if number == CACHE:
         return (
             "At the full context of 8,192 tokens that is 189 MB (1e6) per sequence; nine "

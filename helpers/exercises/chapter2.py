@@ -5,15 +5,7 @@ import math
 import torch
 
 from helpers import quantization
-from helpers.exercises import Exercise, Wrong
-
-
-def _number(answer, unit=""):
-    """The answer as a float, whatever kind of number it is."""
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        raise Wrong(f"A single number{unit} is wanted, not {answer!r}.") from None
+from helpers.exercises import Exercise, Wrong, one_number
 
 
 def _tensor(answer, what):
@@ -30,7 +22,7 @@ def _function(answer):
 
 # ── 2.1 the step size ────────────────────────────────────────────────────────────────────
 def _check_step(answer):
-    step = _number(answer)
+    step = one_number(answer)
     right = 4.5 / 15
     if math.isclose(step, right, rel_tol=1e-3):
         return (
@@ -48,7 +40,7 @@ def _check_step(answer):
 
 # ── 2.2 a model's size ───────────────────────────────────────────────────────────────────
 def _check_size(answer):
-    size = _number(answer, " (GB)")
+    size = one_number(answer)
     right = 8e9 * quantization.bits_per_weight((4096, 4096)) / 8 / 1e9
     if abs(size - right) < 0.02:
         return (
@@ -110,7 +102,7 @@ def _check_quantize(answer):
 
 # ── 2.4 the zero point ───────────────────────────────────────────────────────────────────
 def _check_zero_point(answer):
-    code = _number(answer)
+    code = one_number(answer)
     if code == 85:
         return (
             "Zero is now a level of its own, so padding, pruned weights and ReLU outputs "
@@ -162,7 +154,7 @@ def _check_half(answer):
 
 # ── 2.6 bits per weight ──────────────────────────────────────────────────────────────────
 def _check_bits(answer):
-    bits = _number(answer)
+    bits = one_number(answer)
     right = 4 + 8 / 32 + 32 / (32 * 256)
     if abs(bits - right) < 5e-4:
         return "Half the block, twice the overhead: 4.254 against 4.127 bits."

@@ -3,18 +3,7 @@
 import copy
 import math
 
-from helpers.exercises import Exercise, Wrong
-
-
-def _number(answer):
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        raise Wrong("The answer should be one number.") from None
-
-
-def _close(a, b):
-    return abs(a - b) <= 1e-3 * abs(b)
+from helpers.exercises import Exercise, Wrong, near, one_number
 
 
 def _is_near(mine, reference):
@@ -37,7 +26,7 @@ def _matrices(inputs, outputs, rank):
 
 # ── 3.1 ──────────────────────────────────────────────────────────────────────────────────
 def _check_cost(answer):
-    number = _number(answer)
+    number = one_number(answer)
     if number == 16 * (576 + 1536):
         return (
             "Sum instead of product: that is the whole saving. The layer itself has "
@@ -96,27 +85,27 @@ def _check_forward(answer):
 
 # ── 3.3 ──────────────────────────────────────────────────────────────────────────────────
 def _check_alpha(answer):
-    number = _number(answer)
-    if _close(number, 2 * math.sqrt(32)):
+    number = one_number(answer)
+    if near(number, 2 * math.sqrt(32)):
         return (
             "With rsLoRA, the alpha to keep grows with the root of the rank, plain LoRA's "
             "with the rank. People who only flip `use_rslora` raise the scaling unawares."
         )
-    if _close(number, 64):
+    if near(number, 64):
         raise Wrong("64 is right for plain LoRA. rsLoRA divides by something smaller.")
-    if _close(number, 16):
+    if near(number, 16):
         raise Wrong(
             f"Keeping alpha gives a scaling of {16 / math.sqrt(32):.2f}, more than the 2 "
             "of the first adapter."
         )
-    if _close(number, 16 * math.sqrt(32)):
+    if near(number, 16 * math.sqrt(32)):
         raise Wrong("You multiplied alpha by the root; it is the scaling that is given.")
     raise Wrong("First the scaling of the old adapter; then solve for the new alpha.")
 
 
 # ── 3.4 ──────────────────────────────────────────────────────────────────────────────────
 def _check_break_even(answer):
-    number, exact = _number(answer), 576 * 1536 / (576 + 1536)
+    number, exact = one_number(answer), 576 * 1536 / (576 + 1536)
     if number == math.floor(exact):
         return (
             "Far above any rank in use: at r = 16, an adapter has about 4 % of the layer's "
@@ -124,7 +113,7 @@ def _check_break_even(answer):
         )
     if number == math.ceil(exact):
         raise Wrong("At this rank the adapter is already the larger of the two.")
-    if _close(number, exact):
+    if near(number, exact):
         raise Wrong("That is where they are equal; a rank is a whole number, and fewer.")
     if number == 576:
         raise Wrong("576 is full rank. The adapter is larger than the layer long before.")

@@ -1,63 +1,52 @@
 """Chapter 5: what training takes, one AdamW step by hand, bad runs, tiles, rounding."""
 
-from helpers.exercises import Exercise, Wrong
-
-
-def _number(answer):
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        raise Wrong("The answer should be one number.") from None
-
-
-def _near(a, b, tolerance=1e-3):
-    return abs(a - b) <= tolerance * abs(b)
+from helpers.exercises import Exercise, Wrong, near, one_number
 
 
 # ── 5.1 ──────────────────────────────────────────────────────────────────────────────────
 def _check_full(answer):
-    number = _number(answer)
-    if _near(number, 17.6):
+    number = one_number(answer)
+    if near(number, 17.6):
         return "Four numbers of four bytes for every parameter, before a single activation."
-    if _near(number, 17.6e9 / 2**30):
+    if near(number, 17.6e9 / 2**30):
         raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if _near(number, 13.2):
+    if near(number, 13.2):
         raise Wrong("Three numbers per parameter. AdamW keeps two states, not one.")
-    if _near(number, 8.8):
+    if near(number, 8.8):
         raise Wrong("Right in 16 bits; here everything is in float32, four bytes.")
-    if _near(number, 4.4):
+    if near(number, 4.4):
         raise Wrong("Those are the weights alone.")
     raise Wrong("Count the numbers kept per parameter: weight, gradient, AdamW's states.")
 
 
 # ── 5.2 ──────────────────────────────────────────────────────────────────────────────────
 def _check_lora(answer):
-    number = _number(answer)
-    if _near(number, 1.1 * 2 + 0.01 * 16):
+    number = one_number(answer)
+    if near(number, 1.1 * 2 + 0.01 * 16):
         return "The frozen weights are now nearly all of it: hence quantization."
-    if _near(number, 1.1 * 2 + 0.01 * 4):
+    if near(number, 1.1 * 2 + 0.01 * 4):
         raise Wrong("The trained parameters want a gradient and two states as well.")
-    if _near(number, 1.1 * 2 + 0.01 * 12):
+    if near(number, 1.1 * 2 + 0.01 * 12):
         raise Wrong("You left one of the four out: weight, gradient, two states.")
-    if _near(number, 1.1 * 2 + 0.01 * 8):
+    if near(number, 1.1 * 2 + 0.01 * 8):
         raise Wrong("The adapter is in float32: four bytes for each of its four numbers.")
-    if _near(number, 1.1 * 4 + 0.01 * 16):
+    if near(number, 1.1 * 4 + 0.01 * 16):
         raise Wrong("The frozen base is in bfloat16: two bytes a weight.")
-    if _near(number, 1.1 * 8 + 0.01 * 16):
+    if near(number, 1.1 * 8 + 0.01 * 16):
         raise Wrong("Frozen weights have neither gradients nor states.")
     raise Wrong("1.1e9 weights of two bytes, and 10e6 parameters of four numbers each.")
 
 
 # ── 5.3 ──────────────────────────────────────────────────────────────────────────────────
 def _check_scores(answer):
-    number, right = _number(answer), 2 * 16 * 4096**2 * 2 / 1e9
-    if _near(number, right):
+    number, right = one_number(answer), 2 * 16 * 4096**2 * 2 / 1e9
+    if near(number, right):
         return "And that of one layer, once. Flash attention never writes it down."
-    if _near(number, right * 1e9 / 2**30):
+    if near(number, right * 1e9 / 2**30):
         raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if _near(number, right / 2):
+    if near(number, right / 2):
         raise Wrong("A factor of two is missing: two rows in the batch, two bytes a score.")
-    if _near(number, right / 16):
+    if near(number, right / 16):
         raise Wrong("Every head has a matrix of its own.")
     if number < right / 1000:
         raise Wrong("The matrix is square: every position scores every position.")
@@ -66,7 +55,7 @@ def _check_scores(answer):
 
 # ── 5.4 ──────────────────────────────────────────────────────────────────────────────────
 def _check_accumulation(answer):
-    number = _number(answer)
+    number = one_number(answer)
     if number == 8:
         return "4 rows × 2 GPUs × 8 times = 64 rows for one update."
     if number == 16:
@@ -78,12 +67,12 @@ def _check_accumulation(answer):
 
 # ── 5.5 ──────────────────────────────────────────────────────────────────────────────────
 def _check_weighted(answer):
-    number = _number(answer)
-    if _near(number, 1.75):
+    number = one_number(answer)
+    if near(number, 1.75):
         return "Each token counts the same, as if all had been in one batch."
-    if _near(number, 1.5):
+    if near(number, 1.5):
         raise Wrong("That is the mean of the means: each of the ten would count threefold.")
-    if _near(number, 70):
+    if near(number, 70):
         raise Wrong("That is the sum; divide by the number of trained tokens.")
     raise Wrong("Make sums of the means first, and divide the whole by all tokens.")
 
@@ -216,7 +205,7 @@ def _check_online(answer):
         values = torch.cat([v for _, v in tiles])
         right = (scores.softmax(0) * values).sum().item()
         alone = [(s.softmax(0) * v).sum().item() for s, v in tiles]
-        mine = _number(answer([(s.clone(), v.clone()) for s, v in tiles]))
+        mine = one_number(answer([(s.clone(), v.clone()) for s, v in tiles]))
         if abs(mine - right) <= 1e-4:
             continue
         if mine != mine:
@@ -237,16 +226,16 @@ def _check_online(answer):
 
 # ── 5.9 ──────────────────────────────────────────────────────────────────────────────────
 def _check_probability(answer):
-    number = _number(answer)
-    if _near(number, 0.25):
+    number = one_number(answer)
+    if near(number, 0.25):
         return (
             "A quarter of the way up, so up once in four; to the nearest, it never moves."
         )
     if number == 0:
         raise Wrong("That is what rounding to the nearest would do.")
-    if _near(number, 25):
+    if near(number, 25):
         raise Wrong("A probability is between 0 and 1.")
-    if _near(number, 0.75):
+    if near(number, 0.75):
         raise Wrong("That is how probable it is that it stays.")
     raise Wrong("How far is 1 + the update on the way from 1.0 to its neighbour?")
 

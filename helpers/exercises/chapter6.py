@@ -2,32 +2,21 @@
 
 import shutil
 
-from helpers.exercises import Exercise, Wrong
-
-
-def _number(answer):
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        raise Wrong("The answer should be one number.") from None
-
-
-def _near(a, b, tolerance=1e-3):
-    return abs(a - b) <= tolerance * abs(b)
+from helpers.exercises import Exercise, Wrong, near, one_number
 
 
 # ── 6.1 ──────────────────────────────────────────────────────────────────────────────────
 def _check_size(answer):
-    number = _number(answer)
-    if _near(number, 3.8 * 8.5 / 8, 5e-3):
+    number = one_number(answer)
+    if near(number, 3.8 * 8.5 / 8, 5e-3):
         return (
             "Bits per weight times weights, divided by eight. The metadata is small change."
         )
-    if _near(number, 3.8 * 8.5):
+    if near(number, 3.8 * 8.5):
         raise Wrong("Those are gigabits. A byte has eight bits.")
-    if _near(number, 3.8 * 8.5 / 8 * 1e9 / 2**30, 5e-3):
+    if near(number, 3.8 * 8.5 / 8 * 1e9 / 2**30, 5e-3):
         raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if _near(number, 3.8):
+    if near(number, 3.8):
         raise Wrong("Eight bits would give that. The block scales take half a bit more.")
     raise Wrong("Weights times bits per weight gives bits; then make bytes of them.")
 
@@ -159,15 +148,15 @@ def _check_kl(answer):
             mine = float(answer(p.clone(), q.clone()))
         except (TypeError, ValueError, RuntimeError) as error:
             raise Wrong(f"It should return one number, and raised: {error}") from None
-        if _near(mine, each.mean().item()):
+        if near(mine, each.mean().item()):
             continue
-        if _near(mine, back.mean().item()):
+        if near(mine, back.mean().item()):
             raise Wrong("That is p's divergence from q. Weigh with the probabilities of p.")
-        if _near(mine, each.sum().item()):
+        if near(mine, each.sum().item()):
             raise Wrong("That is the sum over the tokens; asked for is the mean.")
-        if _near(mine, each.sum().item() / p.numel()):
+        if near(mine, each.sum().item() / p.numel()):
             raise Wrong("You also averaged over the vocabulary: sum there, then average.")
-        if _near(mine, each.mean().item() / 0.6931472):
+        if near(mine, each.mean().item() / 0.6931472):
             raise Wrong("That is in bits; nats use the natural logarithm.")
         raise Wrong("Make log-probabilities of both first: `log_softmax(-1)`.")
     return "0 for the same model, and never negative. llama.cpp computes the very same."
