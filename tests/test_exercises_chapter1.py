@@ -105,7 +105,7 @@ WRONG = [
     ("1.4", lambda query, key, value: None, "got NoneType"),
     ("1.4", "softmax", "function"),
     ("1.5", 69120, "not from all 9"),
-    ("1.5", 11520, "What else"),
+    ("1.5", 11520, "Keys and values both"),
     ("1.5", 46080, "2 bytes"),
     ("1.5", 768, "every layer"),
     ("1.5", 23040 * 8192, "one token"),

@@ -81,7 +81,7 @@ WRONG = [
     ("2.7", lambda w, n: blockwise(w, n, magnitude=False), "largest magnitude"),
     ("2.7", lambda w, n: (blockwise(w, n)[0][:1], blockwise(w, n)[1]), "as many codes"),
     ("2.7", lambda w, n: blockwise(w, n, dtype=torch.int32), "torch.int8"),
-    ("2.7", lambda w, n: blockwise(w, n, scale=-128), "wrapped around"),
+    ("2.7", lambda w, n: blockwise(w, n, scale=-128), "wrap around"),
     ("2.7", truncated_blocks, "a plain cast cuts off"),
     ("2.8", lambda codes: codes, "nothing was packed"),
     ("2.8", lambda codes: codes[:8], "should make 32 bytes"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from helpers import floats
-from helpers.exercises import Exercise, Wrong, one_number
+from helpers.exercises import Exercise, Wrong, near, one_number
 
 
 def _callable(answer, name):
@@ -113,6 +113,8 @@ def _check_smallest(answer):
         raise Wrong("Too small: an exponent field of zero stands for 2^(1 - bias).")
     if number == 2.0**-9:
         raise Wrong("That is E4M3's smallest. E5M2 has one more exponent bit.")
+    if near(number, 2.0**-16, 1e-3):
+        raise Wrong("Nearly: a rounded value. Give it exactly, as a power of two.")
     if number <= 0:
         raise Wrong("Positive, please: greater than zero.")
     raise Wrong("Which pattern comes right after zero? Decode that one.")

@@ -30,6 +30,8 @@ def _check_size(answer):
         raise Wrong("In GB, please: divide bytes by 1e9.")
     if _near(size, 6.5 * 4.127 / 8 + 0.5 * 2):
         return "A quarter of the bytes are in the few tensors that were not quantized."
+    if _near(size, (6.5 * 4.127 / 8 + 0.5 * 2) * 1e9 / 2**30):
+        raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
     if _near(size, 7 * 4.127 / 8):
         raise Wrong("That quantizes everything. Half a billion weights stay in 16 bits.")
     if _near(size, 6.5 * 4 / 8 + 0.5 * 2) or _near(size, 3.5):

@@ -163,7 +163,7 @@ def _check_cache(answer):
         )
     known = {
         CACHE * 3: "Keys and values come from the 3 key-value heads, not from all 9 heads.",
-        CACHE // 2: "Keys are there. What else does attention need of past tokens?",
+        CACHE // 2: "Half of it. Keys and values both? And two bytes per number?",
         CACHE * 2: "A bf16 number takes 2 bytes, not 4.",
         CACHE // 30: "That is one layer; every layer keeps its own.",
         CACHE * 8192: "That is for the whole context; one token is asked for.",

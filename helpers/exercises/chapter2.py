@@ -193,7 +193,10 @@ def _check_blockwise(answer):
                 f"of {block_size} make {blocks} blocks."
             )
         if (absmax < 0).any() or absmax.max() < 3.9:
-            raise Wrong("absmax must be the largest magnitude: mind the negative weights.")
+            raise Wrong(
+                "absmax is the largest magnitude itself, not divided by 127; mind the "
+                "negative weights."
+            )
         if codes.numel() != weights.numel():
             raise Wrong(
                 f"{weights.numel()} weights need as many codes, not {codes.numel()}."
@@ -205,7 +208,10 @@ def _check_blockwise(answer):
         right = quantization.quantize_linear(weights, 8, per="block", block_size=block_size)
         off = (codes.flatten().int() - right.codes.flatten().int()).abs()
         if (off > 100).any():
-            raise Wrong("Some codes wrapped around: int8 ends at 127, so use 127 steps.")
+            raise Wrong(
+                "Some codes are far off. Did they wrap around (int8 ends at 127), or were the "
+                "blocks cut the wrong way?"
+            )
         if off.max() > 1 or (off > 0).float().mean() > 0.02:
             raise Wrong(
                 "The codes are off. Divide each block by its own absmax, multiply by 127, "

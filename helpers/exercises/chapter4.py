@@ -84,6 +84,8 @@ def _check_padding_share(answer):
 def _check_pad(answer):
     tokenizer = _tokenizer()
     token = str(answer)
+    if isinstance(answer, int):
+        raise Wrong("Give the token itself, as text, not its id.")
     if token not in tokenizer.get_vocab():
         raise Wrong(
             f"{token!r} is not in the vocabulary: the embedding would have to grow."
@@ -170,6 +172,8 @@ def _check_mystery(answer):
         return "One call says it; the loss would only have been a little worse, forever."
     if answer in {"prompt_trained", "nothing_trained", "eos_not_trained"}:
         raise Wrong("The trained tokens are right. Look at the very beginning of the row.")
+    if answer == "labels_differ":
+        raise Wrong("True, but a consequence. Which token should not be there?")
     raise Wrong("Give the code of the problem, as `.problems` lists it.")
 
 
@@ -208,7 +212,9 @@ def _check_loss(answer):
     if abs(value - 0.5) < 1e-3:
         raise Wrong("You divided by all five tokens. Ignored ones do not count.")
     if abs(value - 2.5) < 1e-3:
-        raise Wrong("That is the sum; the loss is a mean.")
+        raise Wrong(
+            "Is that a sum? The loss is a mean; and each loss goes with its own label."
+        )
     if abs(value - 1.8) < 1e-3:
         raise Wrong("That is the mean over all tokens, ignored ones included.")
     raise Wrong("Take the losses where the label is not -100, and average those.")
