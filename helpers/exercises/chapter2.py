@@ -209,8 +209,8 @@ def _check_blockwise(answer):
         off = (codes.flatten().int() - right.codes.flatten().int()).abs()
         if (off > 100).any():
             raise Wrong(
-                "Some codes are far off. Did they wrap around (int8 ends at 127), or were the "
-                "blocks cut the wrong way?"
+                "Some codes are far off. Did they wrap around (int8 ends at 127), or were "
+                "the blocks cut the wrong way?"
             )
         if off.max() > 1 or (off > 0).float().mean() > 0.02:
             raise Wrong(

@@ -213,7 +213,8 @@ def _check_loss(answer):
         raise Wrong("You divided by all five tokens. Ignored ones do not count.")
     if abs(value - 2.5) < 1e-3:
         raise Wrong(
-            "Is that a sum? The loss is a mean; and each loss goes with its own label."
+            "That is the sum of the right two, and the mean of the wrong two. Each loss "
+            "has its own label, and what counts is a mean."
         )
     if abs(value - 1.8) < 1e-3:
         raise Wrong("That is the mean over all tokens, ignored ones included.")

@@ -54,7 +54,12 @@ def _check_left_padding(answer):
         made = answer(given, pad_id)
         if not isinstance(made, tuple | list) or len(made) != 2:
             raise Wrong("Return two things: input_ids and attention_mask.")
-        ids, mask = ([list(map(int, row)) for row in part] for part in made)
+        try:
+            ids, mask = ([list(map(int, row)) for row in part] for part in made)
+        except TypeError:
+            raise Wrong(
+                "input_ids and attention_mask should each be a list of rows of numbers."
+            ) from None
         longest = max(map(len, rows))
         if any(len(row) != longest for row in [*ids, *mask]):
             raise Wrong(f"All rows must be {longest} long here, and the masks as well.")
