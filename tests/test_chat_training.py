@@ -92,6 +92,7 @@ def test_assistant_only_loss_trains_the_answers_and_their_ends(tmp_path, origina
     assert chat.mask_view.of_trainer(trainer).problems == []
 
 
+@pytest.mark.slow
 def test_a_model_trained_so_stops_by_itself(tmp_path, original):
     tokenizer = chat.prepare_tokenizer(original)
     trainer = make(tmp_path, CHATS, tokenizer, assistant_only_loss=True, **FIT)
@@ -101,6 +102,7 @@ def test_a_model_trained_so_stops_by_itself(tmp_path, original):
     assert answer.count("<|im_end|>") == 1
 
 
+@pytest.mark.slow
 def test_the_staged_pad_equals_eos_run_does_not_stop(tmp_path, original):
     trap = copy.deepcopy(original)
     assert trap.pad_token == trap.eos_token

@@ -121,10 +121,12 @@ GRID = list(
 
 
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", TINY)
 def test_fake_equals_real_to_the_byte(kind, attention, part):
-    """Half of the grid (an even number of choices on) is fast, the other half slow."""
+    """Half of eager's grid (an even number of choices on) is fast, the rest slow."""
     for checkpointing, lora, dtype, accumulation in GRID:
         on = checkpointing + (lora is not None) + (dtype == torch.bfloat16) + accumulation
         if on % 2 != part:
@@ -155,7 +157,9 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
     assert real != real_peak(TINY[kind], plain), "autocast did something"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", TINY)
 def test_a_stretched_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
@@ -639,6 +643,7 @@ def test_every_saving_saves_on_a_ladder():
     assert qlora < plain4 < peak(model, **shared, lora=16)
 
 
+@pytest.mark.slow
 def test_longest_context_grows_with_the_card():
     model = "SmolLM2-135M-Instruct"
     choices = dict(quantization="nf4", lora=32, attention="flash_attention_2", stack="book")
