@@ -54,7 +54,7 @@ SECTIONS = {
             "Write `SFTConfig(max_length=…)`. Longer rows are cut: look at your "
             "lengths first.",
             _unexpected(".*", "max_seq_length"),
-            proof=("Chapter4", "6. Answers that break off"),
+            proof=("Chapter4", "6. Answers cut off in training"),
         ),
         Symptom(
             "evaluation_strategy",
@@ -349,7 +349,7 @@ SECTIONS = {
             "The rows have none of the columns TRL understands.",
             "Rename them: `messages`, or `prompt` and `completion`, or `text`.",
             r"KeyError: '?text'?$",
-            proof=("Chapter4", "Two ways to write data down"),
+            proof=("Chapter4", "Four ways to write data down"),
         ),
         Symptom(
             "no_dataset",
