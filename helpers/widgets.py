@@ -278,7 +278,7 @@ def template_playground(tokenizer, *, messages=None, template=None):
 def memory_planner(models=("SmolLM2-135M-Instruct", "Llama-3.1-8B")):
     """Change a choice of a training run and see the predicted bar move (Chapter 5).
 
-    models: catalogue names, configs or Hub ids, the first one to begin with.
+    models: catalogue names or Hub ids; the first is shown to begin with.
     """
     from helpers import memory
 

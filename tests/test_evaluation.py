@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from helpers import data, evaluation
+from helpers import data, evaluation, generation
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,26 @@ def test_every_form_of_the_data_can_be_judged(embedded, tokenizer, form):
     assert (
         report.examples[0].sentence == data.load_yoda("test", form="columns")[0]["sentence"]
     )
+
+
+def test_answers_are_cut_a_little_behind_the_longest_reference(
+    embedded, tokenizer, monkeypatch
+):
+    """The base model rambles on; a caller who wants more says so."""
+    asked = []
+
+    def watched(*arguments, **options):
+        asked.append(options["max_new_tokens"])
+        return generation.generate(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "generate", watched)
+    rows = data.load_yoda("test").select(range(2))
+    longest = max(
+        len(tokenizer(row["completion"][0]["content"])["input_ids"]) for row in rows
+    )
+    evaluation.evaluate(embedded, tokenizer, rows)
+    evaluation.evaluate(embedded, tokenizer, rows, max_new_tokens=5)
+    assert asked == [longest + evaluation.SPARE_TOKENS, 5]
 
 
 def test_reports_show_failures_first_and_escape_html():

@@ -60,6 +60,7 @@ WRONG = [
     ("B.4", 2**-9, "E4M3"),
     ("B.4", 0, "greater than zero"),
     ("B.4", 1e-5, "right after zero"),
+    ("B.4", 1.5259e-5, "Give it exactly"),
     ("B.5", 256, "Go one on"),
     ("B.5", 129, "leading 1"),
     ("B.5", 2049, "FP16's limit"),

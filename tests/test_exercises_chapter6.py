@@ -55,6 +55,7 @@ WRONG = [
     ("6.2", [768, 2048], "at least one more"),
     ("6.3", [[1]], "should be a function"),
     ("6.3", lambda rows, pad: rows[:1], "two things"),
+    ("6.3", lambda rows, pad: padded("left")(rows, pad)[0], "a list of rows"),
     ("6.3", lambda rows, pad: (rows, rows), "must be 3 long"),
     ("6.3", padded("right"), "right padding"),
     ("6.3", padded("left", mask_by_id=True), "happen to have"),

@@ -39,8 +39,11 @@ class Meter(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def make(kind, here, folder, **length):
-    """A trainer of one kind, with its meter and its count of real tokens per step."""
+def make(kind, here, folder, rows=None, **choices):
+    """A trainer of one kind, with its meter and its count of real tokens per step.
+
+    rows: what it learns, all training rows unless given. choices: go to SFTConfig.
+    """
     torch.manual_seed(42)
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     tokenizer.chat_template = chat.chatml_template()
@@ -59,20 +62,21 @@ def make(kind, here, folder, **length):
     )
     model = chat.prepare_model(get_peft_model(model, lora), tokenizer)
     settings = training.machine_settings(here) if lean else {"use_cpu": True, "bf16": False}
-    args = SFTConfig(
-        output_dir=folder,
-        per_device_train_batch_size=16,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        save_strategy="no",
-        **{"disable_tqdm": True, "report_to": "none", **settings, **length},
-    )
+    recipe = {
+        "output_dir": folder,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 10,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
     meter = Meter()
     trainer = (training.LeanSFTTrainer if lean else SFTTrainer)(
         model=model,
-        args=args,
-        train_dataset=data.load_yoda("train"),
+        args=SFTConfig(**recipe | settings | choices),
+        train_dataset=data.load_yoda("train") if rows is None else rows,
         processing_class=tokenizer,
         callbacks=[meter],
     )
