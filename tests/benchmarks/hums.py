@@ -1,6 +1,6 @@
 """Does it help to hum first? The same sentences learned with and without (helpers/yoda).
 
-    python tests/benchmarks/hums.py            # a quarter of an hour on two cores
+    python tests/benchmarks/hums.py            # a quarter of an hour on one core
 
 1,000 training rows, Chapter 0's recipe, judged on 200 other *training* rows: the test set
 has no part in it. A hum before the translation lets its first word stay as it stands in the
