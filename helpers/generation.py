@@ -60,7 +60,7 @@ def generate(
     answers = [None] * len(texts)
     # Similar lengths share a batch, so that little is padded.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    with evaluation_mode(model), _unpacked_on_cpu(model):
+    with evaluation_mode(model), _unpacked_on_cpu(model), _whole_before_the_head(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [texts[index] for index in chosen]
@@ -79,6 +79,19 @@ def _unpacked_on_cpu(model):
     # Unpacking 4-bit weights anew for every token is most of the work on a CPU.
     on_cpu = model.device.type == "cpu"
     return dequantized_once(model) if on_cpu else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _whole_before_the_head(model):
+    # The head is asked for the last position only, a slice of the hidden states. PyTorch
+    # 2.13 on a CPU multiplies such a slice by one copy of the vocabulary per row: in
+    # bfloat16, 80 rows took 4.5 GB and 6.7 s instead of 10 MB and 0.02 s.
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _is_conversation(prompts):

@@ -83,6 +83,21 @@ def test_model_and_tokenizer_are_left_as_they_were(embedded, tokenizer, prompts)
     assert not embedded.training
 
 
+def test_the_head_sees_one_whole_row_per_prompt(embedded, tokenizer, prompts):
+    # A slice of the hidden states costs a copy of the vocabulary per row in bfloat16.
+    chat.prepare_tokenizer(tokenizer)
+    seen = []
+    head = embedded.get_output_embeddings()
+    watch = head.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    try:
+        generation.generate(embedded, tokenizer, prompts, max_new_tokens=2)
+        assert [tuple(hidden.shape[:2]) for hidden in seen] == [(3, 1)] * 2
+        assert all(hidden.is_contiguous() for hidden in seen)
+    finally:
+        watch.remove()
+    assert not head._forward_pre_hooks, "nothing is left on the model"
+
+
 def test_an_empty_list_gives_an_empty_list(embedded, tokenizer):
     assert generation.generate(embedded, tokenizer, []) == []
 
