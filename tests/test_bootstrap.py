@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -292,7 +293,8 @@ def test_colab_gets_what_is_missing_and_the_next_cells_run(colab, repository, tm
     assert "trl==" in said and "bitsandbytes==" in said and "No restart is needed" in said
     assert "peft==" not in said and "accelerate==" not in said, "those were good enough"
     assert "colab" in text_of(ran[1])
-    assert "166.5 MB" in text_of(ran[2]), "the model in four bits"
+    # In four bits; what is not quantized is in float32, or in bfloat16 where that is fast.
+    assert re.search(r"takes +(166\.5|109\.8) MB", text_of(ran[2])), text_of(ran[2])
     assert "moved: True 7.7.1" in text_of(ran[-1])
 
     after = versions(python)

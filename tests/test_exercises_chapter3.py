@@ -64,6 +64,7 @@ WRONG = [
     ("3.5", ["c_attn", "c_proj"], "2 of the 6 adapted layers are outside attention"),
     ("3.5", ["c_attn"], "2 layers are adapted"),
     ("3.5", ["q_proj", "v_proj"], "PEFT refuses these names"),
+    ("3.5", ["attn"], "GPT2Attention is not supported"),
     ("3.6", "weight + delta", "should be a function"),
     ("3.6", lambda weight, A, B, alpha: weight.T, "shaped like the weight, (6, 9)"),
     ("3.6", merge(sometimes_transposed), "wrong for a square one"),

@@ -83,6 +83,7 @@ WRONG = [
     ("5.8", 1, "should be a function"),
     ("5.8", mean_of_means, "same weight"),
     ("5.8", lambda tiles: joined(tiles, exact=False), "overflows"),
+    ("5.8", lambda tiles: joined(tiles, exact=True), "never join"),
     ("5.8", never_shrinks, "must shrink"),
     ("5.8", lambda tiles: 3.0, "For the first tiles"),
     ("5.9", 0, "to the nearest"),

@@ -1,5 +1,7 @@
 """Chapter 5: what training takes, one AdamW step by hand, bad runs, tiles, rounding."""
 
+import contextlib
+
 from helpers.exercises import Exercise, Wrong, near, one_number
 
 
@@ -186,6 +188,23 @@ def _check_faults(answer):
 
 
 # ── 5.8 ──────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def _sizes_made():
+    """How many numbers each tensor has that is made inside the block, as a list."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.append(getattr(made, "numel", int)())
+            return made
+
+    with Watch():
+        yield sizes
+
+
 def _check_online(answer):
     import torch
 
@@ -205,8 +224,15 @@ def _check_online(answer):
         values = torch.cat([v for _, v in tiles])
         right = (scores.softmax(0) * values).sum().item()
         alone = [(s.softmax(0) * v).sum().item() for s, v in tiles]
-        mine = one_number(answer([(s.clone(), v.clone()) for s, v in tiles]))
+        given = [(s.clone(), v.clone()) for s, v in tiles]
+        with _sizes_made() as made:
+            mine = one_number(answer(given))
         if abs(mine - right) <= 1e-4:
+            if max(made, default=0) >= len(scores):
+                raise Wrong(
+                    f"The number is right, but you made a tensor of {max(made)} numbers "
+                    f"where no tile has more than {max(sizes)}: never join them."
+                )
             continue
         if mine != mine:
             raise Wrong(
