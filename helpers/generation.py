@@ -83,9 +83,9 @@ def _unpacked_on_cpu(model):
 
 @contextlib.contextmanager
 def _whole_before_the_head(model):
-    # The head is asked for the last position only, a slice of the hidden states. PyTorch
-    # 2.13 on a CPU multiplies such a slice by one copy of the vocabulary per row: in
-    # bfloat16, 80 rows took 4.5 GB and 6.7 s instead of 10 MB and 0.02 s.
+    # The head is asked for the last position only, a slice of the hidden states. On a CPU
+    # PyTorch 2.13 multiplies such a slice by a copy of the head for every row (its issue
+    # 151934): in bfloat16, 80 rows took 4.5 GB and 6.7 s instead of 10 MB and 0.02 s.
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:

@@ -463,7 +463,9 @@ SECTIONS = {
             "cpu_memory",
             "“DefaultCPUAllocator: can't allocate memory”",
             "The machine's memory is full.",
-            "Smaller batch or shorter rows; close other notebooks, each holds its model.",
+            "Smaller batch or shorter rows; close other notebooks, each holds its model. In "
+            "bfloat16, `model.generate` copies the head once per row of a batch (PyTorch "
+            "issue 151934): use float32, or the course's `generation.generate`.",
             r"DefaultCPUAllocator: (can't allocate|not enough) memory",
             proof=("Chapter5", "How much goes in at once"),
         ),
