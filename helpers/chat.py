@@ -1,8 +1,9 @@
 """Special tokens, chat templates and the model behind them (Chapter 4).
 
 `prepare_tokenizer` and `prepare_model` make a tokenizer and a model agree before
-training; `chatml_template` is a template that marks what the assistant says;
-`mask_view` (in `helpers.xray`) shows what a batch really trains.
+training; `chatml_template` is a template that marks what the assistant says, and
+`choose_template` finds one that fits a tokenizer; `mask_view` (in `helpers.xray`) shows
+what a batch really trains.
 """
 
 import re
@@ -13,6 +14,7 @@ __all__ = [
     "MaskView",
     "Problem",
     "chatml_template",
+    "choose_template",
     "encode_chat",
     "mask_view",
     "prepare_model",
@@ -223,6 +225,50 @@ def chatml_template(*, system=None):
         "{%- endif %}",
     ]
     return "\n".join(lines)
+
+
+# For a base model without a template: words it can read, and the one marker it knows.
+_PLAIN_TEMPLATE = "\n".join(
+    [
+        "{{- bos_token | default('', true) }}",
+        "{%- for message in messages %}",
+        "{{- '### ' + (message['role'] | capitalize) + '\\n' }}",
+        "{%- if message['role'] == 'assistant' %}",
+        "{%- generation %}",
+        "{{- message['content'] + eos_token }}",
+        "{%- endgeneration %}",
+        "{%- else %}",
+        "{{- message['content'] }}",
+        "{%- endif %}",
+        "{{- '\\n' }}",
+        "{%- endfor %}",
+        "{%- if add_generation_prompt %}",
+        "{{- '### Assistant\\n' }}",
+        "{%- endif %}",
+    ]
+)
+
+
+def choose_template(tokenizer):
+    """A chat template whose end of turn is one token of `tokenizer` (Chapters 0, 5, 6).
+
+    That is `chatml_template()` where the vocabulary has ChatML's markers (SmolLM2, Qwen);
+    else the template the tokenizer came with (Phi-3); else, for a base model without one
+    (OPT), the roles in plain words and EOS behind what the assistant says. A marker that
+    is no token is spelled in scraps: the model learns to write it, and never stops at it.
+    Raises ValueError where there is neither a template nor an EOS token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+        return chatml_template()
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "tokenizer has neither a chat template nor an EOS token, so no answer could "
+            "end; set tokenizer.eos_token first"
+        )
+    return _PLAIN_TEMPLATE
 
 
 def encode_chat(tokenizer, messages, *, template=None):

@@ -440,6 +440,20 @@ SECTIONS = {
             proof=("Chapter5", "SFTTrainer, argument by argument"),
         ),
         Symptom(
+            "scaler_dtype",
+            "“_amp_foreach_non_finite_check_and_unscale_cuda not implemented for "
+            "'BFloat16'”, “Attempting to unscale FP16 gradients”",
+            "`fp16=True` scales the gradients, and for that they must be float32. TRL "
+            "makes the adapters of quantized models bfloat16; a float16 model has float16 "
+            "ones.",
+            "`training.LeanSFTTrainer` sees to it. With another trainer, after making it: "
+            "`for p in trainer.model.parameters(): p.data = p.data.float() if "
+            "p.requires_grad else p.data`.",
+            r"non_finite_check_and_unscale\w*\W+not implemented|"
+            "Attempting to unscale FP16 gradients",
+            proof=("Chapter5", "Number formats in training"),
+        ),
+        Symptom(
             "bf16_on_t4",
             "training on a T4 is many times slower than others report",
             "It says that it supports bfloat16, and emulates it.",
@@ -463,9 +477,9 @@ SECTIONS = {
             "cpu_memory",
             "“DefaultCPUAllocator: can't allocate memory”",
             "The machine's memory is full.",
-            "Smaller batch or shorter rows; close other notebooks, each holds its model. In "
-            "bfloat16, `model.generate` copies the head once per row of a batch (PyTorch "
-            "issue 151934): use float32, or the course's `generation.generate`.",
+            "Smaller batch or shorter rows; close other notebooks, each holds its model. "
+            "In bfloat16, `model.generate` copies the head once per row of a batch "
+            "(PyTorch issue 151934): use float32, or the course's `generation.generate`.",
             r"DefaultCPUAllocator: (can't allocate|not enough) memory",
             proof=("Chapter5", "How much goes in at once"),
         ),

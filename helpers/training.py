@@ -55,14 +55,19 @@ class LeanSFTTrainer(SFTTrainer):
     and padding, without the tokens behind the last trained one, and without entropy
     metrics, which on a CPU cost more than the adapters.
     On a CPU all that is not quantized shares one dtype, and 4-bit weights are unpacked
-    once per run instead of twice per step (`match_dtypes`, `dequantized_once`).
+    once per run instead of twice per step (`match_dtypes`, `dequantized_once`). With
+    `fp16=True` (a T4) what is trained is float32, the only type the gradient scaler takes.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if any(isinstance(c, LiveLoss) for c in self.callback_handler.callbacks):
             self.remove_callback(PrinterCallback)  # would print every figure once more
-        if self.args.use_cpu:  # a GPU mixes types for free, and has no memory to spare
+        if self.args.fp16:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        elif self.args.use_cpu:  # a GPU mixes types for free, and has no memory to spare
             match_dtypes(self.model)
 
     def train(self, *args, **kwargs):

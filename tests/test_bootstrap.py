@@ -318,9 +318,10 @@ import json
 import huggingface_hub.constants
 from helpers import models, runtime
 
+pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "cache", "dir"]
 print(json.dumps([
     huggingface_hub.constants.HF_HOME,
-    os.environ["PIP_CACHE_DIR"],
+    subprocess.check_output(pip, text=True).strip(),
     str(runtime.cache_folder()),
     str(models.embedded_folder()),
     os.getcwd(),
@@ -364,5 +365,6 @@ def test_on_a_pod_the_caches_land_on_the_volume(colab, repository, tmp_path):
         "fine-tuning-course",
     ]
     assert (Path(folders[3]) / "model.safetensors").stat().st_size > 500e6
-    assert any(Path(folders[1]).iterdir()), "pip's cache was used"
+    # (Whether pip put anything into its folder depends on where packages come from.)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert not (tmp_path / "home" / ".cache" / "pip").exists()

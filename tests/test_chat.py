@@ -261,6 +261,42 @@ def test_wrong_tokens_are_refused_with_a_way_out(arguments, error, words):
         chat.prepare_tokenizer(tokenizer, **arguments)
 
 
+def test_the_template_follows_the_tokens_that_there_are():
+    chatml = tiny_tokenizer("<|im_start|>", "<|im_end|>", template="{{ 1 }}")
+    assert chat.choose_template(chatml) == chat.chatml_template()
+    own = tiny_tokenizer("<|end|>", template="{{ 1 }}")
+    assert chat.choose_template(own) == "{{ 1 }}"
+    with pytest.raises(ValueError, match="neither a chat template nor an EOS token"):
+        chat.choose_template(tiny_tokenizer("<|end|>"))
+
+
+@pytest.mark.parametrize("bos", [None, "</s>", "<s>"])  # "</s>" is both in OPT
+def test_a_base_model_without_a_template_learns_to_stop(tmp_path, bos):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    asked, answered = CONVERSATION[:1], CONVERSATION[1:2]
+    tokenizer = tiny_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", bos_token=bos)
+    tokenizer.chat_template = chat.choose_template(tokenizer)
+    chat.prepare_tokenizer(tokenizer)
+    trainer = SFTTrainer(
+        chat.prepare_model(tiny_model(len(tokenizer)), tokenizer),
+        args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"prompt": asked, "completion": answered}]),
+        processing_class=tokenizer,
+    )
+    row = trainer.train_dataset[0]
+    batch = trainer.data_collator([row])
+    view = chat.mask_view(tokenizer, **batch)
+    answer = answered[0]["content"] + "</s>"
+    assert view.problems == [] and view.learned == [[answer + "\n"]]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+    assert row["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]
+    ids, mask = encode(tokenizer, asked + answered)
+    marked = [i for i, kept in zip(ids, mask, strict=True) if kept]
+    assert tokenizer.decode(marked) == answer
+
+
 def test_named_tokens_win():
     tokenizer = tiny_tokenizer("<s>", "</s>", "<mask>", eos_token="</s>", bos_token="</s>")
     chat.prepare_tokenizer(tokenizer, bos="<s>", pad="<mask>", unk="<unk>")

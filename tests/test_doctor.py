@@ -334,6 +334,15 @@ def _(world):
     SFTConfig(str(world.path("run")), bf16=True)
 
 
+@provokes("scaler_dtype")
+def _(world):
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = torch.optim.SGD([weight])
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(optimizer)
+
+
 @provokes("cpu_memory")
 def _(world):
     torch.empty(10**15)

@@ -194,6 +194,36 @@ def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
         assert torch.allclose(fresh(inputs).logits, expected, atol=1e-3)
 
 
+def test_fp16_trains_float32_adapters_which_the_gradient_scaler_needs(
+    tmp_path, prepared, rows, quantized
+):
+    # TRL makes the adapters of quantized models bfloat16, for which PyTorch's scaler has no
+    # kernel on CUDA: a T4, which needs fp16, would stop at the first step.
+    dtypes = {}
+    for kind in (SFTTrainer, training.LeanSFTTrainer):
+        trainer = kind(
+            model=chat.prepare_model(copy.deepcopy(quantized), prepared),
+            args=settings(tmp_path, fp16=True),
+            train_dataset=rows,
+            processing_class=prepared,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        )
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        dtypes[kind.__name__] = {p.dtype for p in trained}
+    assert dtypes == {"SFTTrainer": {torch.bfloat16}, "LeanSFTTrainer": {torch.float32}}
+    frozen = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.float32, torch.uint8}
+
+    optimizer = torch.optim.AdamW(trained)
+    scaler = torch.amp.GradScaler("cpu")
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, batch)
+    before = [p.clone() for p in trained]
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+
+
 def test_machine_settings_are_accepted_and_follow_the_machine(tmp_path):
     here = runtime.detect()
     for device, dtype, expected in [
