@@ -575,7 +575,8 @@ def test_a_look_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
 
 
 def test_other_versions_than_the_tested_ones_are_a_warning(monkeypatch):
-    tested = places.tested_versions() | {"trl": "0.12.0"}
+    torch_here = runtime.package_version("torch").split("+")[0]
+    tested = places.tested_versions() | {"trl": "0.12.0", "torch": torch_here}
     monkeypatch.setattr(places, "tested_versions", lambda: tested)
     level, text = doctor._packages()
     assert level == doctor.WARN and "(tested: 0.12.0)" in text

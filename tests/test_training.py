@@ -195,14 +195,15 @@ def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
 
 
 def test_fp16_trains_float32_adapters_which_the_gradient_scaler_needs(
-    tmp_path, prepared, rows, quantized
+    tmp_path, prepared, rows
 ):
     # TRL makes the adapters of quantized models bfloat16, for which PyTorch's scaler has no
     # kernel on CUDA: a T4, which needs fp16, would stop at the first step.
+    base = models.load_model(models.EMBEDDED, quantization="nf4", device="cpu")
     dtypes = {}
     for kind in (SFTTrainer, training.LeanSFTTrainer):
         trainer = kind(
-            model=chat.prepare_model(copy.deepcopy(quantized), prepared),
+            model=chat.prepare_model(copy.deepcopy(base), prepared),
             args=settings(tmp_path, fp16=True),
             train_dataset=rows,
             processing_class=prepared,
