@@ -4,11 +4,15 @@ A notebook is for finding a recipe; several GPUs want a script and a file. TRL h
 script. This writes the files, from the very objects the notebook trained with.
 """
 
+import contextlib
 import dataclasses
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -94,6 +98,61 @@ def export_recipe(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _recipe(folder, backend, processes)
+
+
+def run_recipe(recipe, *, threads=1, limit_s=1800, leave_s=60):
+    """Run a recipe's command; returns the losses it logged, a list of float (Chapter 5).
+
+    threads: CPU threads for each process. limit_s: after so many seconds it is stopped.
+    leave_s: how long its processes may take to leave once training has ended and all is
+    saved. PyTorch 2.13's gloo can wait for itself for good while the interpreter shuts
+    down (its destructor holds the lock that its own thread needs); they are stopped then.
+    Raises RuntimeError with the end of the output if it fails, TimeoutError at the limit.
+    """
+    command = list(recipe.command)
+    command[0] = str(Path(sys.executable).parent / command[0])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    log = recipe.folder / "log.txt"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    started, trained = time.monotonic(), None
+    what = f"{' '.join(map(str, recipe.command))}, whose output is in {log},"
+    try:
+        while (status := process.poll()) is None:
+            time.sleep(0.2)
+            now = time.monotonic()
+            if trained is None and "'train_runtime'" in _text_of(log):
+                trained = now
+            if trained is not None and now - trained > leave_s:
+                break
+            if now - started > limit_s:
+                raise TimeoutError(
+                    f"{what} was stopped after limit_s={limit_s} seconds. Its end:\n"
+                    + _text_of(log)[-1500:]
+                )
+    finally:
+        _stop(process)
+    if status:
+        raise RuntimeError(f"{what} failed. Its end:\n{_text_of(log)[-1500:]}")
+    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", _text_of(log))]
+
+
+def _stop(process):
+    """End a process that may still run, and all that it started."""
+    import psutil
+
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for each in (process, *family):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def _text_of(log):
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _check(folder, args, lora, quantization, backend, processes):

@@ -14,7 +14,7 @@ from trl import SFTTrainer
 
 from helpers.largest_batch import find_max_batch_size
 from helpers.models import dequantized_once
-from helpers.recipes import export_recipe
+from helpers.recipes import export_recipe, run_recipe
 
 __all__ = [
     "LeanSFTTrainer",
@@ -23,6 +23,7 @@ __all__ = [
     "find_max_batch_size",
     "machine_settings",
     "match_dtypes",
+    "run_recipe",
     "simple_loop",
 ]
 

@@ -1,11 +1,8 @@
 """What `export_recipe` writes really runs, in one process and in two."""
 
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -13,7 +10,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
-from helpers import chat, data, models, training
+from helpers import chat, data, models, recipes, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 SETTINGS = {
@@ -63,18 +60,6 @@ def export(model, tokenizer, tmp_path):
     return make
 
 
-def launch(recipe):
-    """Run a recipe's command; returns the losses it printed."""
-    command = list(recipe.command)
-    command[0] = str(Path(sys.executable).parent / command[0])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [float(x) for x in re.findall(r"'loss': '?([\d.]+)", done.stdout + done.stderr)]
-
-
 # ── what is written ──────────────────────────────────────────────────────────────────────
 def test_the_folder_holds_all_that_is_needed(export):
     recipe = export()
@@ -109,6 +94,42 @@ def test_quantization_and_deepspeed_are_written_and_the_untried_is_said(export):
     assert "not been run" in str(recipe)
 
 
+def stand_in(tmp_path, code):
+    """A recipe whose command is a Python program of ours."""
+    folder = tmp_path / "stand-in"
+    folder.mkdir()
+    return recipes.Recipe(folder, [sys.executable, "-c", code])
+
+
+def still_asleep():
+    family = psutil.Process().children(recursive=True)
+    return [child for child in family if "time.sleep" in " ".join(child.cmdline())]
+
+
+ENDED = "print({'loss': '1.5'}); print({'loss': '0.5'}); print({'train_runtime': '3'})\n"
+
+
+def test_processes_that_never_leave_are_stopped_with_their_losses_read(tmp_path):
+    # As PyTorch's gloo does now and then: a child of the launcher waits for itself.
+    hang = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    code = f"import subprocess, sys\n{ENDED}sys.stdout.flush()\nsubprocess.run({hang})"
+    found = training.run_recipe(stand_in(tmp_path, code), leave_s=2)
+    assert found == [1.5, 0.5]
+    assert still_asleep() == []
+
+
+def test_a_run_that_fails_or_takes_too_long_is_quoted(tmp_path):
+    recipe = stand_in(tmp_path, ENDED + "raise OSError('the disk is full')")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        training.run_recipe(recipe)
+    slow = recipes.Recipe(
+        recipe.folder, [sys.executable, "-c", "import time; time.sleep(99)"]
+    )
+    with pytest.raises(TimeoutError, match="limit_s=1"):
+        training.run_recipe(slow, limit_s=1)
+    assert still_asleep() == []
+
+
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
@@ -137,9 +158,9 @@ def test_an_existing_folder_is_kept(export, tmp_path):
 # ── that it runs ─────────────────────────────────────────────────────────────────────────
 @pytest.mark.slow
 def test_one_process_and_two_agree(export):
-    alone = launch(export("alone"))
+    alone = training.run_recipe(export("alone"))
     assert len(alone) == 3 and alone[2] < alone[0]
-    together = launch(export("together", backend="fsdp2", processes=2))
+    together = training.run_recipe(export("together", backend="fsdp2", processes=2))
     assert len(together) == 3, "only the first process reports"
     assert together == pytest.approx(alone, rel=2e-3)
 
@@ -149,7 +170,7 @@ def test_the_embedded_model_in_four_bits_runs_by_trl(export, tokenizer):
     recipe = export(
         "nf4", {"max_steps": 2}, model=models.embedded_folder(), quantization="nf4"
     )
-    losses = launch(recipe)
+    losses = training.run_recipe(recipe)
     assert len(losses) == 2 and all(0 < loss < 6 for loss in losses)
     saved = recipe.folder / "trained" / "adapter_model.safetensors"
     assert saved.is_file(), sorted(p.name for p in saved.parent.iterdir())
