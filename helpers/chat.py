@@ -252,10 +252,10 @@ _PLAIN_TEMPLATE = "\n".join(
 def choose_template(tokenizer):
     """A chat template whose end of turn is one token of `tokenizer` (Chapters 0, 5, 6).
 
-    That is `chatml_template()` where the vocabulary has ChatML's markers (SmolLM2, Qwen);
-    else the template the tokenizer came with (Phi-3); else, for a base model without one
-    (OPT), the roles in plain words and EOS behind what the assistant says. A marker that
-    is no token is spelled in scraps: the model learns to write it, and never stops at it.
+    That is `chatml_template()` where the vocabulary has ChatML's markers (SmolLM2, Qwen's
+    chat models); else the template the tokenizer came with (Phi-3); else, for a base model
+    without one (OPT), the roles in plain words and EOS behind what the assistant says. A
+    marker that is no token is spelled in scraps, and the model never stops at it.
     Raises ValueError where there is neither a template nor an EOS token.
     """
     vocabulary = tokenizer.get_vocab()

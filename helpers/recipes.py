@@ -104,9 +104,9 @@ def run_recipe(recipe, *, threads=1, limit_s=1800, leave_s=60):
     """Run a recipe's command; returns the losses it logged, a list of float (Chapter 5).
 
     threads: CPU threads for each process. limit_s: after so many seconds it is stopped.
-    leave_s: how long its processes may take to leave once training has ended and all is
-    saved. PyTorch 2.13's gloo can wait for itself for good while the interpreter shuts
-    down (its destructor holds the lock that its own thread needs); they are stopped then.
+    leave_s: its processes are stopped when training has ended and for so long nothing was
+    written. PyTorch 2.13's gloo can wait for itself for good while the interpreter shuts
+    down: its destructor holds the lock that its own thread needs.
     Raises RuntimeError with the end of the output if it fails, TimeoutError at the limit.
     """
     command = list(recipe.command)
@@ -117,17 +117,15 @@ def run_recipe(recipe, *, threads=1, limit_s=1800, leave_s=60):
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-    started, trained = time.monotonic(), None
+    started = time.monotonic()
     what = f"{' '.join(map(str, recipe.command))}, whose output is in {log},"
     try:
         while (status := process.poll()) is None:
             time.sleep(0.2)
-            now = time.monotonic()
-            if trained is None and "'train_runtime'" in _text_of(log):
-                trained = now
-            if trained is not None and now - trained > leave_s:
+            trained = "'train_runtime'" in _text_of(log)
+            if trained and time.time() - _last_written(recipe.folder) > leave_s:
                 break
-            if now - started > limit_s:
+            if time.monotonic() - started > limit_s:
                 raise TimeoutError(
                     f"{what} was stopped after limit_s={limit_s} seconds. Its end:\n"
                     + _text_of(log)[-1500:]
@@ -149,6 +147,11 @@ def _stop(process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait()
+
+
+def _last_written(folder):
+    """When anything in a folder was last changed, in seconds since 1970."""
+    return max(path.stat().st_mtime for path in folder.rglob("*"))
 
 
 def _text_of(log):

@@ -440,18 +440,27 @@ SECTIONS = {
             proof=("Chapter5", "SFTTrainer, argument by argument"),
         ),
         Symptom(
-            "scaler_dtype",
+            "scaler_float16",
+            "“Attempting to unscale FP16 gradients”",
+            "`fp16=True` scales the gradients, and for that they must be float32; those of "
+            "a model loaded in float16 are not.",
+            "`training.LeanSFTTrainer` sees to it. With another trainer, load in float32, "
+            "or train adapters, which PEFT makes float32.",
+            "Attempting to unscale FP16 gradients",
+            proof=("Chapter5", "Number formats in training"),
+        ),
+        Symptom(
+            "scaler_bfloat16",
             "“_amp_foreach_non_finite_check_and_unscale_cuda not implemented for "
-            "'BFloat16'”, “Attempting to unscale FP16 gradients”",
-            "`fp16=True` scales the gradients, and for that they must be float32. TRL "
-            "makes the adapters of quantized models bfloat16; a float16 model has float16 "
-            "ones.",
+            "'BFloat16'”",
+            "`fp16=True` (a T4) scales the gradients, and for that they must be float32. "
+            "TRL makes the adapters of quantized models bfloat16.",
             "`training.LeanSFTTrainer` sees to it. With another trainer, after making it: "
             "`for p in trainer.model.parameters(): p.data = p.data.float() if "
             "p.requires_grad else p.data`.",
-            r"non_finite_check_and_unscale\w*\W+not implemented|"
-            "Attempting to unscale FP16 gradients",
+            r"non_finite_check_and_unscale\w*\W+not implemented",
             proof=("Chapter5", "Number formats in training"),
+            provoked=False,
         ),
         Symptom(
             "bf16_on_t4",

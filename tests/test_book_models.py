@@ -33,11 +33,14 @@ def embedded_as(folder, names, template=None, **roles):
         (folder / name).write_text(text, encoding="utf-8")
     for path in folder.glob("*.jinja"):
         path.unlink()
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | roles
-    settings["chat_template"] = template
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    amend(folder / "tokenizer_config.json", chat_template=template, **roles)
     return folder
+
+
+def amend(path, **changes):
+    """Change entries of a JSON file."""
+    settings = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +59,7 @@ def phi(tmp_path_factory):
     )
     tokenizer = models.load_tokenizer(folder)
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
-    path = folder / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": stops}
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    amend(folder / "generation_config.json", eos_token_id=stops)
     return folder
 
 

@@ -334,7 +334,7 @@ def _(world):
     SFTConfig(str(world.path("run")), bf16=True)
 
 
-@provokes("scaler_dtype")
+@provokes("scaler_float16")
 def _(world):
     weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
     optimizer = torch.optim.SGD([weight])
@@ -462,6 +462,11 @@ READ = [
     (
         "cuda_memory",
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+    ),
+    (
+        "scaler_bfloat16",
+        'NotImplementedError: "_amp_foreach_non_finite_check_and_unscale_cuda" not '
+        "implemented for 'BFloat16'",
     ),
     (
         "numpy_binary",

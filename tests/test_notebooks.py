@@ -177,7 +177,7 @@ def test_chapter0_runs_top_to_bottom_and_its_model_has_learned():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The adapter lies in outputs/chapter0/adapter" in done.stdout
     scores = json.loads((ROOT / "outputs/chapter0/scores.json").read_text())
-    # Floors under what three CPUs gave: 82.7 to 87.3, 92.0 to 94.7, 96.9 to 98.2.
+    # Floors under what six runs gave: 82.7 to 87.3, 92.0 to 94.7, 96.9 to 98.2.
     assert scores["fine-tuned"]["exact match (%)"] >= 80
     assert scores["fine-tuned"]["valid order (%)"] >= 88
     assert scores["fine-tuned"]["chrF"] >= 95

@@ -118,6 +118,16 @@ def test_processes_that_never_leave_are_stopped_with_their_losses_read(tmp_path)
     assert still_asleep() == []
 
 
+def test_a_run_that_still_saves_is_left_alone(tmp_path):
+    code = (
+        f"import os, sys, time\n{ENDED}sys.stdout.flush()\nos.chdir({str(tmp_path)!r})\n"
+        "for n in range(6): time.sleep(0.7); open(f'stand-in/{n}', 'w').close()"
+    )
+    recipe = stand_in(tmp_path, code)
+    assert training.run_recipe(recipe, leave_s=2) == [1.5, 0.5]
+    assert (recipe.folder / "5").exists()
+
+
 def test_a_run_that_fails_or_takes_too_long_is_quoted(tmp_path):
     recipe = stand_in(tmp_path, ENDED + "raise OSError('the disk is full')")
     with pytest.raises(RuntimeError, match="the disk is full"):
