@@ -159,7 +159,7 @@ def _convert(script, arguments, out):
             f"llama.cpp has no converter for {match[1]} (OPT is one of those). Its own "
             "models are of the Llama, Qwen, Gemma, Phi, Mistral kind: fine-tune one of them"
         )
-    raise ValueError(f"{script} failed. Its last words:\n{_last_words(said)}")
+    raise _failed(script, done)
 
 
 # ── quantizing ───────────────────────────────────────────────────────────────────────────
@@ -181,8 +181,7 @@ def quantize(source, out, kind="Q4_K_M", *, overwrite=False):
     with _new_file(out, overwrite) as partial:
         done = _run([llamacpp.binary("llama-quantize"), source, partial, kind])
         if done.returncode:
-            said = _last_words(done.stdout + done.stderr)
-            raise ValueError(f"llama-quantize failed. Its last words:\n{said}")
+            raise _failed("llama-quantize", done)
     return Path(out)
 
 
@@ -325,7 +324,7 @@ def fidelity(float_gguf, quantized, text, *, context=128):
         prompt, logits = Path(scratch, "text.txt"), Path(scratch, "logits")
         prompt.write_text(text, encoding="utf-8")
         common = ["-c", str(context), "-b", str(context), "--kl-divergence-base", logits]
-        common += llamacpp.threads()
+        common += llamacpp.threads() + llamacpp.options("llama-perplexity")
         for name, path in {"original": float_gguf, **quantized}.items():
             found = inspect(path)
             base = name == "original"
@@ -341,8 +340,7 @@ def fidelity(float_gguf, quantized, text, *, context=128):
                         f"text is too short for windows of context={context} tokens: give "
                         "more text or a smaller context"
                     )
-                words = _last_words(said)
-                raise ValueError(f"llama-perplexity failed on {path}:\n{words}")
+                raise _failed(f"llama-perplexity, on {Path(path).name},", done)
             rows.append(
                 {
                     "variant": found.kind if base else name,
@@ -365,6 +363,17 @@ def _run(command, environment=None):
         text=True,
         errors="replace",
     )
+
+
+def _failed(what, done):
+    """The error to raise for a program that did not do its work.
+
+    A file or an argument may be at fault (ValueError), unless a signal ended it.
+    """
+    said = _last_words(done.stdout + done.stderr)
+    kind = RuntimeError if done.returncode < 0 else ValueError
+    ended = llamacpp.how_it_ended(done.returncode)
+    return kind(f"{what} {ended}. Its last words:\n{said}")
 
 
 def _last_words(said, lines=8):

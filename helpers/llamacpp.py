@@ -3,7 +3,9 @@
 `binary("llama-server")` is the door. Looked for in the folder named by `LLAMA_CPP`, on
 PATH, then in the course's cache; what is not there is built from the source inside the
 sdist of llama-cpp-python (MIT license), which comes from PyPI. `source_folder()` holds the
-converters of the same version.
+converters of the same version. A program is compiled for the processor it is built on, and
+some virtual machines list instructions that they refuse: `helpers.llamacpp_trial` lets it
+compute once before anybody relies on it.
 """
 
 import contextlib
@@ -16,12 +18,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from helpers import downloads, runtime
+from helpers import downloads, llamacpp_trial, runtime
 
 VARIABLE = "LLAMA_CPP"
 REQUIREMENT = "llama-cpp-python==0.3.36"
@@ -31,6 +32,7 @@ OLDEST_BUILD = 6000  # has /apply-template, --jinja and today's GGUF types
 NEEDED_BYTES = 2_500_000_000
 PROGRAMS = ("llama-server", "llama-quantize", "llama-perplexity")
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
+COMPILER_BYTES = 1_200_000_000  # what one compiler process may take
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",  # so that the programs can be moved
@@ -38,7 +40,14 @@ OPTIONS = (
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # a download from the Hub, while it builds
 )
+# What a build may have beyond the plain one, in the order of their names' parts.
+EXTRAS = {
+    "portable": ("-DGGML_NATIVE=OFF",),  # AVX2 at most, not this very processor
+    "cuda": ("-DGGML_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"),
+    "page": (),
+}
 INSTALL = {
     "Linux": "on Debian and Ubuntu: apt-get install cmake build-essential",
     "Darwin": "brew install llama.cpp (nothing to build), or xcode-select --install",
@@ -55,11 +64,11 @@ def binary(name):
     """
     if name not in PROGRAMS:
         raise ValueError(f"name must be one of {', '.join(PROGRAMS)}, not {name!r}")
-    return find(name) or _built() / "bin" / _executable(name)
+    return find(name) or build() / _executable(name)
 
 
 def find(name):
-    """The program's path when it is on this machine and new enough, else None.
+    """The program's path when it is on this machine, new enough, and computes; else None.
 
     Raises FileNotFoundError or ValueError when `LLAMA_CPP` names a folder that lacks it or
     has an old one.
@@ -80,8 +89,71 @@ def find(name):
         )
     if (found := shutil.which(name)) and is_new_enough(version(found)):
         return Path(found)
-    folder = _cached()
-    return folder / "bin" / _executable(name) if _is_complete(folder) else None
+    folders = (folder for folder in _finished() if not _trial(folder).refused)
+    return next((folder / _executable(name) for folder in folders), None)
+
+
+def build(*, web_page=False, cuda=False):
+    """Build the programs for this machine and keep them; returns their folder.
+
+    web_page: with the server's chat page inside, made by npm (a minute or two more; the
+    server then shows it at its address). cuda: for the card of this machine; needs `nvcc`,
+    and compiling takes several times as long. What has been built is not built again. A
+    build that this processor refuses is followed by a portable one, for any processor of
+    the last ten years. Raises OSError saying what is missing or what failed.
+    """
+    wanted = [*["cuda"] * bool(cuda), *["page"] * bool(web_page)]
+    for extras in (wanted, ["portable", *wanted]):
+        folder = _built(extras)
+        trial = _trial(folder)
+        if not trial.refused:
+            return folder
+        print(f"{trial} It is built once more, for any processor.")
+    raise OSError(
+        f"llama.cpp was built here and does not run here. {trial} Name the folder of a "
+        f"llama.cpp that does in the variable {VARIABLE}."
+    )
+
+
+def options(name):
+    """What a program needs on its command line to compute on this processor: a list.
+
+    Empty nearly everywhere; ['--no-repack'] where its fastest kernels are refused. Tried
+    once per process, on a tiny file (`llamacpp_trial`). Raises OSError for programs of
+    yours that do not compute either way.
+    """
+    trial = _trial(binary(name).parent)
+    if trial.refused:
+        raise OSError(
+            f"{trial} Name the folder of another llama.cpp in the variable {VARIABLE}, or "
+            "unset it and take the old one off your PATH: the course then builds its own."
+        )
+    if trial.options:
+        _say_once(str(trial))
+    return trial.options
+
+
+@functools.cache
+def _say_once(sentence):
+    print(sentence)
+
+
+def trouble():
+    """What is unusual about the llama.cpp at hand, as a sentence; None where nothing is."""
+    path = find("llama-perplexity")
+    return None if path is None else str(_trial(path.parent)) or None
+
+
+@functools.cache
+def _trial(folder):
+    return llamacpp_trial.run(folder / _executable("llama-perplexity"))
+
+
+@functools.cache
+def uses_card():
+    """Whether the llama.cpp at hand computes on a card of this machine."""
+    program = find("llama-server")
+    return bool(program) and "CUDA0" in _said(program, "--list-devices")
 
 
 def source_folder():
@@ -102,14 +174,29 @@ def source_folder():
 @functools.cache
 def version(program):
     """What a program says to `--version`, as one line; '' when it does not answer."""
+    lines = _said(program, "--version").splitlines()
+    return next((line for line in lines if line.startswith("version:")), "")
+
+
+def _said(program, option):
     try:
-        done = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([program, option], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    lines = (done.stdout + done.stderr).splitlines()
-    return next((line for line in lines if line.startswith("version:")), "")
+    return done.stdout + done.stderr
+
+
+def how_it_ended(status):
+    """A process's return code in words: a negative one is the signal that killed it."""
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name
+    why = {
+        "SIGILL": "it uses an instruction that this processor or virtual machine refuses",
+        "SIGKILL": "most likely because memory ran out",
+        "SIGSEGV": "a fault in the program, or a damaged file",
+    }.get(name)
+    return f"was killed by {name}" + (f" ({why})" if why else "")
 
 
 def is_new_enough(text):
@@ -128,11 +215,8 @@ def threads():
 
 
 def has_web_page():
-    """Whether the programs of the cache were built with the server's web page inside."""
-    try:
-        return json.loads((_cached() / "build.json").read_text("utf-8"))["web_page"]
-    except FileNotFoundError:
-        return False
+    """Whether the course's own programs were built with the server's web page inside."""
+    return any("page" in _extras(folder) for folder in _finished())
 
 
 # ── fetching ─────────────────────────────────────────────────────────────────────────────
@@ -148,33 +232,55 @@ def _fetch(folder):
             with tarfile.open(sdist) as archive:
                 inside = "/vendor/llama.cpp/"
                 wanted = [m for m in archive if inside in m.name]
-                archive.extractall(partial, members=wanted, filter="data")
+                # `extractall(filter=…)` came with Python 3.11.4; the checksum was compared.
+                keep = lambda member, _: member  # noqa: E731
+                archive.extraction_filter = getattr(tarfile, "data_filter", keep)
+                archive.extractall(partial, members=wanted)
         top = next(partial.glob("*/vendor/llama.cpp"))
         (top / "complete").touch()
         _replace(top, folder)
 
 
 # ── building ─────────────────────────────────────────────────────────────────────────────
-def _built():
-    folder = _cached()
+def _built(extras):
+    folder = _folder(extras)
     from filelock import FileLock
 
     # The system releases the lock of a process that dies.
     with FileLock(f"{folder}.lock"):
         if not _is_complete(folder):
             source = source_folder()
-            _check_tools()
-            _build(source, folder)
-    return folder
+            _check_tools(extras)
+            _build(source, folder, extras)
+    return folder / "bin"
 
 
-def _cached():
-    return runtime.cache_folder() / f"llama.cpp-{SDIST_SHA256[:12]}-{_processor()}"
+def _folder(extras=()):
+    # The programs are compiled for this processor: a cache that moves must not be trusted.
+    # What a processor lists it may still refuse: `_trial` asks it, in every process anew.
+    name = f"llama.cpp-{SDIST_SHA256[:12]}-{_processor()}"
+    return runtime.cache_folder() / "-".join([name, *(x for x in EXTRAS if x in extras)])
+
+
+def _extras(folder):
+    """The extras of a finished build, from its programs' folder."""
+    return folder.parent.name.removeprefix(_folder().name).split("-")[1:]
+
+
+def _finished():
+    """The programs' folders of all finished builds for this processor, the ablest first."""
+    plain = _folder()
+    found = [f / "bin" for f in plain.parent.glob(f"{plain.name}*") if _is_complete(f)]
+
+    def ability(folder):
+        extras = _extras(folder)
+        return "cuda" in extras, "portable" not in extras, "page" in extras
+
+    return sorted(found, key=ability, reverse=True)
 
 
 @functools.cache
 def _processor():
-    # The programs are compiled for this processor: a cache that moves must not be trusted.
     text = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):  # Linux only
         info = Path("/proc/cpuinfo").read_text("utf-8")
@@ -190,10 +296,12 @@ def _is_complete(folder):
         return False
 
 
-def _check_tools():
+def _check_tools(extras):
     compilers = ("c++", "g++", "clang++")
     missing = [] if shutil.which("cmake") else ["cmake"]
     missing += [] if any(map(shutil.which, compilers)) else ["a C++ compiler"]
+    missing += ["nvcc"] if "cuda" in extras and not shutil.which("nvcc") else []
+    missing += ["npm"] if "page" in extras and not shutil.which("npm") else []
     system = platform.system()
     if missing or system == "Windows":
         lacking = " and ".join(missing) or "a configured compiler"
@@ -204,7 +312,7 @@ def _check_tools():
         )
 
 
-def _build(source, folder):
+def _build(source, folder, extras):
     from tqdm.auto import tqdm
 
     free = shutil.disk_usage(folder.parent).free
@@ -214,39 +322,37 @@ def _build(source, folder):
             f"{free / 1e9:.1f} GB are free in {folder.parent}. Free some space or set "
             f"{runtime.CACHE_VARIABLE} to a folder on a larger disk"
         )
+    chosen = [*OPTIONS, *(option for name in extras for option in EXTRAS[name])]
+    chosen += [f"-DLLAMA_BUILD_UI={'ON' if 'page' in extras else 'OFF'}"]
     with _partial(folder) as partial:
         tree, made = partial / "source", partial / "made"
         shutil.copytree(source, tree)
         with tqdm(total=100, desc="building llama.cpp", unit="%") as bar:
-            bar.set_postfix_str("web page")
-            web_page = _build_web_page(tree / "tools" / "ui")
+            if "page" in extras:
+                bar.set_postfix_str("web page")
+                page = tree / "tools" / "ui"
+                _call(["npm", "ci", "--no-audit", "--no-fund"], page)
+                _call(["npm", "run", "build"], page)
             bar.set_postfix_str("configuring")
-            _call(["cmake", "-S", tree, "-B", made, *OPTIONS], tree)
+            _call(["cmake", "-S", tree, "-B", made, *chosen], tree)
             bar.set_postfix_str("compiling")
             command = ["cmake", "--build", made, "--config", "Release"]
-            command += ["-j", str(os.cpu_count()), "--target", *PROGRAMS]
+            command += ["-j", str(_jobs()), "--target", *PROGRAMS]
             _call(command, tree, bar)
         done = partial / "done"
         (done / "bin").mkdir(parents=True)
         for name in PROGRAMS:
             shutil.copy2(made / "bin" / _executable(name), done / "bin")
         sizes = {path.name: path.stat().st_size for path in (done / "bin").iterdir()}
-        about = {"bytes": sizes, "web_page": web_page, "from": REQUIREMENT}
+        about = {"bytes": sizes, "options": chosen, "from": REQUIREMENT}
         (done / "build.json").write_text(json.dumps(about, indent=2), "utf-8")
         _replace(done, folder)
 
 
-def _build_web_page(folder):
-    """Let npm make the server's page; without npm or a network there will be none."""
-    if not shutil.which("npm"):
-        return False
-    try:
-        _call(["npm", "ci", "--no-audit", "--no-fund"], folder)
-        _call(["npm", "run", "build"], folder)
-    except OSError as error:
-        print(f"The server will have no web page: {error}", file=sys.stderr)
-        shutil.rmtree(folder / "dist", ignore_errors=True)
-    return (folder / "dist" / "index.html").is_file()
+def _jobs():
+    """How many compilers at once: as many as this process has cores and memory for."""
+    fit = runtime.available_memory_bytes() // COMPILER_BYTES
+    return max(1, min(runtime.usable_cores(), fit))
 
 
 def _call(command, folder, bar=None):

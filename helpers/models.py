@@ -45,11 +45,19 @@ def default_model(chapter=None):
     """The catalogue name this machine should use: the book's model or the embedded one.
 
     chapter: 0 to 6, since the book changes models between chapters; None means Chapter 0.
+    Chapter 6 serves its model with llama.cpp: it gets the book's only where a llama.cpp
+    that computes on the card is at hand, since 3.8 billion weights on a few CPU cores mean
+    hours and some 50 GB of files.
     """
     here = runtime.detect()
-    if here.profile == "gpu" and not here.offline:
-        return BOOK_MODELS.get(chapter or 0, "opt-350m")
-    return EMBEDDED
+    if here.profile == "cpu" or here.offline:
+        return EMBEDDED
+    if chapter == 6:
+        from helpers import llamacpp
+
+        if not llamacpp.uses_card():
+            return EMBEDDED
+    return BOOK_MODELS.get(chapter or 0, "opt-350m")
 
 
 def load_model(name=None, *, quantization=None, dtype=None, attention=None, device=None):
@@ -59,10 +67,12 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
     quantization: None, 'int8' (LLM.int8), 'fp4' or 'nf4' (with double quantization).
     dtype: torch dtype or its name, of what is not quantized and of the computation;
         default float32 on a CPU, the card's native 16-bit type on a GPU.
-    attention: 'eager', 'sdpa' or 'flash_attention_2'; default: what `runtime` found.
+    attention: 'eager', 'sdpa' (the default) or 'flash_attention_2', which a 16-bit model
+        on a card may ask for.
     device: 'cpu' or 'cuda'; default: what `runtime` found.
     Raises ValueError for an unknown name (listing the catalogue), quantization or dtype,
-    and OSError when the model cannot be had here.
+    and for flash attention where it cannot run, and OSError when the model cannot be had
+    here.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(
@@ -75,6 +85,8 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else here.compute_dtype
     dtype = _torch_dtype(dtype)
+    if attention == "flash_attention_2":
+        _check_flash_attention(dtype, device)
     settings = {
         "dtype": dtype,
         "attn_implementation": attention or here.attention,
@@ -91,6 +103,24 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
             source, local_files_only=local_only, **settings
         )
     return _keep_trainable(model)
+
+
+def _check_flash_attention(dtype, device):
+    """Refuse what the kernel would refuse later, or what would fail while loading."""
+    import torch
+
+    instead = "Use attention='sdpa', which runs everywhere"
+    if str(device).split(":")[0] != "cuda":
+        raise ValueError(
+            f"attention='flash_attention_2' needs device='cuda', not {device!r}. {instead}"
+        )
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            "attention='flash_attention_2' has kernels for dtype='float16' and 'bfloat16' "
+            f"only, not for {str(dtype).removeprefix('torch.')!r}. {instead}"
+        )
+    if problem := runtime.flash_attention_problem():
+        raise ValueError(f"attention='flash_attention_2': {problem}. {instead}")
 
 
 def _keep_trainable(model):

@@ -7,9 +7,8 @@ The *profile* it reports ('cpu' or 'gpu') decides model and sizes, never the les
 import functools
 import logging
 import os
-import socket
-import sys
-import time
+import platform as machine
+import re
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,20 +19,25 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 CACHE_VARIABLE = "HELPERS_CACHE"
+DTYPE_VARIABLE = "HELPERS_DTYPE"
+DTYPES = ("float32", "bfloat16", "float16")
 # Where RunPod mounts the disk that survives a stop, unless you chose another place there.
 POD_VOLUME = Path(os.environ.get("COURSE_VOLUME", "/workspace"))
 NOT_INSTALLED = "not installed"
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
 
 @dataclass(frozen=True)
 class Runtime:
     """What was found on this machine; shows itself as a small table.
 
-    platform: 'colab', 'runpod' or 'local'. device: 'cuda' or 'cpu'.
-    compute_dtype: the torch dtype matrix products should run in, native on this device.
-    attention: the kernel to ask transformers for ('flash_attention_2' or 'sdpa').
+    platform: 'colab', 'kaggle', 'runpod' or 'local'. device: 'cuda' or 'cpu'.
+    compute_dtype: the torch dtype matrix products should run in, native on this device;
+    dtype_reason: why that one.
+    attention: the kernel to ask transformers for: 'sdpa', which runs everywhere.
     memory_bytes: of the GPU where there is one, else of the machine.
-    offline: True when the Hugging Face Hub cannot be reached.
+    offline: True when the Hugging Face Hub (or the mirror `HF_ENDPOINT` names) did not
+    answer.
     profile: 'gpu' or 'cpu'.
     """
 
@@ -45,25 +49,42 @@ class Runtime:
     memory_bytes: int
     offline: bool
     profile: str
+    dtype_reason: str = ""
+
+    @property
+    def warning(self):
+        """What a reader should not overlook, or ''.
+
+        A card without the Hub trains the small model, and nothing else would say so.
+        """
+        if self.device == "cpu" or not self.offline:
+            return ""
+        return (
+            "The Hub did not answer: this card will run the small embedded model, not "
+            "the book's. If you have a network, run this cell again."
+        )
 
     def rows(self):
         """(label, value) pairs, the content of the table."""
         hub = (
             "not reachable: the embedded model and data are used" if self.offline else "yes"
         )
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        why = f" ({self.dtype_reason})" if self.dtype_reason else ""
         packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
         return [
             ("platform", self.platform),
             ("device", f"{self.device} ({self.device_name})"),
             ("memory", f"{self.memory_bytes / 2**30:.1f} GiB"),
-            ("compute dtype", str(self.compute_dtype).removeprefix("torch.")),
+            ("compute dtype", dtype + why),
             ("attention", self.attention),
             ("Hugging Face Hub", hub),
             ("versions", ", ".join(f"{name} {package_version(name)}" for name in packages)),
         ]
 
     def __str__(self):
-        return "\n".join(f"{label:18} {value}" for label, value in self.rows())
+        lines = [f"{label:18} {value}" for label, value in self.rows()]
+        return "\n".join([*lines, self.warning] if self.warning else lines)
 
     def _repr_html_(self):
         cells = "".join(
@@ -71,7 +92,8 @@ class Runtime:
             f"<td style='text-align:left'>{value}</td></tr>"
             for label, value in self.rows()
         )
-        return f"<table>{cells}</table>"
+        loud = "<p style='color:#b00020'><b>{}</b></p>"
+        return f"<table>{cells}</table>{loud.format(self.warning) if self.warning else ''}"
 
 
 def package_version(name):
@@ -90,11 +112,9 @@ def start(seed=42):
     """
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an int such as 42, not {seed!r}")
+    hub_reachable.cache_clear()  # running the cell again asks again
     runtime = detect()
-    if runtime.offline:
-        # Saves the libraries' own slow attempts; a variable you set yourself is kept.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        _hub_constants_offline()
+    _tell_the_libraries(runtime.offline)
     quiet()
     from transformers import set_seed
 
@@ -105,11 +125,12 @@ def start(seed=42):
     return runtime
 
 
-def _hub_constants_offline():
-    # huggingface_hub reads the variable once, at import.
-    constants = sys.modules.get("huggingface_hub.constants")
-    if constants is not None:
-        constants.HF_HUB_OFFLINE = True
+def _tell_the_libraries(offline):
+    # Saves the libraries' own slow attempts. In this process only: what was found out here
+    # may be over in a minute, and an exported variable would outlive it in every child.
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = offline
 
 
 def quiet():
@@ -137,7 +158,8 @@ def detect():
         device=device,
         device_name=_device_name(device),
         compute_dtype=native_dtype(device),
-        attention=_attention(device),
+        dtype_reason=native_dtype_reason(device),
+        attention="sdpa",
         memory_bytes=_memory_bytes(device),
         offline=not hub_reachable(),
         profile="gpu" if device == "cuda" else "cpu",
@@ -145,9 +167,11 @@ def detect():
 
 
 def detect_platform():
-    """Where this process runs: 'colab', 'runpod' or 'local'."""
+    """Where this process runs: 'colab', 'kaggle', 'runpod' or 'local'."""
     if os.environ.get("RUNPOD_POD_ID"):
         return "runpod"
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
+        return "kaggle"
     return "colab" if os.environ.get("COLAB_RELEASE_TAG") or _has_colab() else "local"
 
 
@@ -164,59 +188,93 @@ def _device_name(device):
         import torch
 
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} cores"
+    return f"{usable_cores()} cores"
 
 
 def native_dtype(device="cpu"):
-    """The fastest dtype the hardware multiplies *natively*: bfloat16, float16 or float32.
+    """The dtype matrix products should run in: bfloat16, float16 or float32 (Chapter 2).
 
-    A T4 answers "yes" when asked whether bfloat16 is supported, because it is emulated;
-    the honest question excludes emulation. A CPU may have bfloat16 instructions and still
-    be faster in float32: a short race decides (Chapters 2 and 5).
+    By a rule, so that a machine always gives the same answer: `native_dtype_reason` says
+    which. `HELPERS_DTYPE` overrides it. A T4 answers "yes" when asked whether bfloat16 is
+    supported, because it is emulated; the honest question excludes emulation. Raises
+    ValueError for another device and for an unknown dtype in the variable.
     """
+    return _dtype_and_reason(device)[0]
+
+
+def native_dtype_reason(device="cpu"):
+    """Why `native_dtype` says what it says, in a few words."""
+    return _dtype_and_reason(device)[1]
+
+
+def _dtype_and_reason(device):
     import torch
 
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if not any(getattr(torch.cpu, probe, bool)() for probe in probes):
-        return torch.float32
-    return torch.bfloat16 if bfloat16_speedup() > 1.25 else torch.float32
+    if chosen := os.environ.get(DTYPE_VARIABLE):
+        if chosen not in DTYPES:
+            raise ValueError(
+                f"{DTYPE_VARIABLE} must be one of {', '.join(DTYPES)}, not {chosen!r}"
+            )
+        return getattr(torch, chosen), f"{DTYPE_VARIABLE} says so"
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "native on this card"
+        return torch.float16, "this card only emulates bfloat16"
+    instructions, vendor = _processor()
+    if "avx512_bf16" in instructions and "AuthenticAMD" in vendor:
+        # Measured on two cores: 399 GFLOP/s, and 104 in float32.
+        return torch.bfloat16, "AVX-512 BF16 of an AMD processor"
+    if "amx_bf16" in instructions:
+        # A virtual machine may list AMX and refuse it; without AMX, bfloat16 was slower
+        # than float32 on Intel (155 against 260 GFLOP/s, Emerald Rapids).
+        return torch.float32, f"to use AMX where it works: {DTYPE_VARIABLE}=bfloat16"
+    return torch.float32, "no fast bfloat16 on this processor"
 
 
-@functools.cache
-def bfloat16_speedup():
-    """How many times faster than float32 this CPU multiplies in bfloat16 (raced once).
+def _processor():
+    """(instruction sets, vendor) of the CPU as the system lists them."""
+    info = Path("/proc/cpuinfo")  # Linux
+    if not info.is_file():
+        return set(), machine.processor()
+    text = info.read_text(encoding="utf-8", errors="replace")
+    found = {
+        key: match[1] if (match := re.search(rf"(?m)^{key}\s*:\s*(.*)$", text)) else ""
+        for key in ("flags", "vendor_id")
+    }
+    return set(found["flags"].split()), found["vendor_id"]
 
-    The best of several turns each, on matrices of the embedded model's size.
+
+def flash_attention_problem():
+    """None where flash attention 2 can run, else why not, as a sentence (Chapter 5).
+
+    It needs a card of compute capability 8.0 or newer and a flash-attn that was built for
+    the torch at hand: one that is merely installed may fail when it is loaded.
     """
     import torch
 
-    matrices = {
-        dtype: (torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    best = dict.fromkeys(matrices, float("inf"))
-    for _ in range(8):
-        for dtype, (inputs, weight) in matrices.items():
-            start = time.perf_counter()
-            torch.nn.functional.linear(inputs, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return best[torch.float32] / best[torch.bfloat16]
+    if not torch.cuda.is_available():
+        return "flash attention 2 needs a CUDA card, and there is none here"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return (
+            "flash attention 2 needs compute capability 8.0 (Ampere) or newer, and this "
+            f"card has {capability[0]}.{capability[1]}"
+        )
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        import flash_attn  # noqa: F401
+    except Exception as error:
+        return (
+            f"flash-attn is installed and cannot be loaded ({error}); was it built for "
+            f"torch {torch.__version__}?"
+        )
+    return None
 
 
-def _attention(device):
-    if device == "cuda" and find_spec("flash_attn") is not None:
-        import torch
-
-        if torch.cuda.get_device_capability() >= (8, 0):
-            return "flash_attention_2"
-    return "sdpa"
-
-
+# ── what this process may use ────────────────────────────────────────────────────────────
 def _memory_bytes(device):
     if device == "cuda":
         import torch
@@ -224,36 +282,87 @@ def _memory_bytes(device):
         return torch.cuda.get_device_properties(0).total_memory
     import psutil
 
-    limits = [psutil.virtual_memory().total]
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container may own less than the machine
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        limits.append(int(text))
-    return min(limits)
+    limit, _ = _container_memory()
+    return min(psutil.virtual_memory().total, limit)
 
 
+def available_memory_bytes():
+    """Bytes of memory this process may still take.
+
+    What the system has free, and in a container no more than is left of its limit.
+    """
+    import psutil
+
+    limit, used = _container_memory()
+    return int(max(0, min(psutil.virtual_memory().available, limit - used)))
+
+
+def _container_memory():
+    """(limit, in use) in bytes of the control group, version 2 or 1; no limit: infinite."""
+    for folder, limit, used, cached in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+         "total_inactive_file"),
+    ):  # fmt: skip
+        text = _text(folder / limit)
+        if text.isdigit() and int(text) < 2**60:  # version 1 says "none" by a huge number
+            in_use = int(_text(folder / used) or 0)
+            # Pages of files count as used and are given up on demand.
+            spare = re.search(rf"(?m)^{cached} (\d+)", _text(folder / "memory.stat"))
+            return int(text), max(0, in_use - int(spare[1] if spare else 0))
+    return float("inf"), 0
+
+
+def usable_cores():
+    """Number of CPU cores this process may use, at least 1.
+
+    A container of 8 cores on a machine of 128 shows all 128 to `os.cpu_count`.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    quota, _, period = _text(CGROUP / "cpu.max").partition(" ")
+    if not period:  # version 1
+        quota = _text(CGROUP / "cpu" / "cpu.cfs_quota_us")
+        period = _text(CGROUP / "cpu" / "cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def _text(path):
+    try:
+        return path.read_text().strip()
+    except OSError:  # not Linux, or the other version of control groups
+        return ""
+
+
+# ── the Hub ──────────────────────────────────────────────────────────────────────────────
 @functools.cache
-def hub_reachable(timeout=2.0):
-    """True when the Hugging Face Hub answers within `timeout` seconds (asked once)."""
+def hub_reachable(timeout=3.0):
+    """True when the Hugging Face Hub answers within `timeout` seconds; asked once.
+
+    `HF_ENDPOINT` names a mirror, which is asked instead. Any answer counts, a refusal
+    included: somebody is there. An answer that only came too late is waited for once more,
+    twice as long. `start()` asks anew.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return _hub_answers(timeout)
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout).close()
-    except OSError:
-        return False
-    return True
-
-
-def _hub_answers(timeout):
-    # Behind a proxy a plain socket says nothing: ask for a page the way libraries do.
+    import urllib.error
     import urllib.request
 
-    try:
-        urllib.request.urlopen("https://huggingface.co/robots.txt", timeout=timeout).close()
-    except OSError:
-        return False
-    return True
+    address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    for patience in (timeout, 2 * timeout):
+        try:
+            # Asked the way libraries do, so that a proxy is used where there is one.
+            urllib.request.urlopen(f"{address}/robots.txt", timeout=patience).close()
+            return True
+        except urllib.error.HTTPError:
+            return True
+        except (OSError, ValueError) as error:
+            if not isinstance(getattr(error, "reason", error), TimeoutError):
+                return False
+    return False
 
 
 def cache_folder():

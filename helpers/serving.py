@@ -12,11 +12,15 @@ import atexit
 import contextlib
 import ctypes
 import json
+import os
+import queue
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -38,7 +42,9 @@ class LlamaServer:
     model: path of a GGUF file. adapter: path of an adapter's GGUF, applied on top. port: 0
     takes a free one. context: tokens each request may use. slots: requests served at once.
     template: a Jinja chat template to use instead of the file's own.
-    `url` is the address, also of the web page where llama.cpp was built with it.
+    `url` is the address, also of the web page where llama.cpp was built with it. `key` is
+    the password that a request must bring along (`Authorization: Bearer …`); a new one each
+    time, so that no other program or web page of this machine can ask.
 
     Raises ValueError for a damaged file and a taken port, RuntimeError with the server's
     last words when it does not start.
@@ -47,6 +53,7 @@ class LlamaServer:
     def __init__(
         self, model, *, adapter=None, port=0, context=1024, slots=4, template=None
     ):
+        self.key = secrets.token_urlsafe(24)
         self.model, self.adapter = Path(model), adapter and Path(adapter)
         for path in filter(None, (self.model, self.adapter)):
             gguf.inspect(path)  # says what is wrong with a file better than the server
@@ -63,11 +70,12 @@ class LlamaServer:
         self._scratch = tempfile.TemporaryDirectory(prefix="llama-server-")
         self._log = Path(self._scratch.name, "log")
         with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
+            self._process = _start(
                 self._command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment()},
                 start_new_session=True,  # Ctrl-C reaches us, and we stop it
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
@@ -86,7 +94,9 @@ class LlamaServer:
         command = [llamacpp.binary("llama-server"), "--model", self.model]
         command += ["--host", HOST, "--port", self.port, "--offline"]
         command += ["--ctx-size", self.context * self.slots, "--parallel", self.slots]
-        command += llamacpp.threads()
+        command += llamacpp.threads() + llamacpp.options("llama-server")
+        if llamacpp.uses_card():
+            command += ["--n-gpu-layers", 999]
         if self.adapter:
             command += ["--lora", self.adapter]
         if self.template is not None:
@@ -95,13 +105,18 @@ class LlamaServer:
             command += ["--jinja", "--chat-template-file", path]
         return [str(part) for part in command]
 
+    def _environment(self):
+        # Not on the command line, where every user of the machine could read the key; and
+        # programs too old to know a variable start all the same.
+        return {"LLAMA_API_KEY": self.key, "LLAMA_ARG_CORS_ORIGINS": "localhost"}
+
     def _wait_until_healthy(self, seconds=300):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(
-                    f"llama-server ended with status {self._process.returncode} instead "
-                    f"of serving {self.model.name}. Its last words:\n{self.log()}"
+                    f"llama-server {llamacpp.how_it_ended(self._process.returncode)} "
+                    f"instead of serving {self.model.name}. Its last words:\n{self.log()}"
                 )
             with contextlib.suppress(OSError, ConnectionError):  # not listening yet: 503
                 # Whoever answers on that port may be somebody else: do not wait long.
@@ -142,13 +157,16 @@ class LlamaServer:
         return self._request(path, json.dumps(payload).encode())
 
     def _request(self, path, data, seconds=600):
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
+            raise RuntimeError("the server is not running; use it in a `with` block")
+        if (status := self._process.poll()) is not None:
             raise RuntimeError(
-                f"the server is not running; use it in a `with` block\n{self.log()}"
+                f"the server is not running; it {llamacpp.how_it_ended(status)}; use it "
+                f"in a `with` block\n{self.log()}"
             )
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url + path, data, headers)
         # A proxy of the environment must not see requests to this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -192,7 +210,10 @@ def _free_port(port):
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
         raise ValueError(f"port must be 0 (any free one) to 65535, not {port!r}")
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "win32":  # there SO_REUSEADDR would share a port in use
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
@@ -201,6 +222,29 @@ def _free_port(port):
                 "there. Use port=0 for any free one"
             ) from None
         return probe.getsockname()[1]
+
+
+def _start(command, **settings):
+    """`subprocess.Popen` in a thread that lives as long as the process it starts.
+
+    Linux counts a parent's death by the *thread* that started the child: a server started
+    in a thread pool or in a widget's callback would be killed when that thread ends.
+    """
+    answer = queue.SimpleQueue()
+
+    def run():
+        try:
+            process = subprocess.Popen(command, **settings)
+        except BaseException as error:
+            answer.put(error)
+            return
+        answer.put(process)
+        process.wait()
+
+    threading.Thread(target=run, daemon=True, name="llama-server").start()
+    if isinstance(found := answer.get(), BaseException):
+        raise found
+    return found
 
 
 def _die_with_parent():

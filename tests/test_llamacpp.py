@@ -1,10 +1,11 @@
-"""llama.cpp's programs: found, or built once; never half-built.
+"""llama.cpp's programs: found, or built once; never half-built; tried before use.
 
 The build runs for real here, with CMake and a compiler, on a source tree of three lines.
 The tree of llama.cpp itself is built by the slow set where the cache is cold.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 
 import pytest
 
-from helpers import llamacpp, notebooks, runtime
+from helpers import llamacpp, llamacpp_trial, notebooks, runtime
 
 BUILDS = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++")) or os.name == "nt",
@@ -162,11 +163,93 @@ def test_without_tools_the_package_manager_is_named(
 
 def test_too_little_space_is_said_first(cache, source, monkeypatch):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
-    monkeypatch.setattr(llamacpp, "_check_tools", lambda: None)
+    monkeypatch.setattr(llamacpp, "_check_tools", lambda extras: None)
     monkeypatch.setattr(llamacpp, "NEEDED_BYTES", 10**18)
     with pytest.raises(OSError, match=runtime.CACHE_VARIABLE):
         llamacpp.binary("llama-server")
     assert not partials(cache)
+
+
+# ── a processor that refuses what it lists ───────────────────────────────────────────────
+SIGILL = "kill -ILL $$"
+NEEDS_PLAIN = f'case "$*" in *--no-repack*) exit 0;; *) {SIGILL};; esac'
+
+
+def stand_in(folder, does):
+    """Programs that say a new version, and when they should compute do as told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in llamacpp.PROGRAMS:
+        path = folder / name
+        said = 'if [ "$1" = --version ]; then echo "version: 9000 (abc)"; exit 0; fi'
+        path.write_text(f"#!/bin/sh\n{said}\n{does}\n")
+        path.chmod(0o755)
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
+@pytest.mark.parametrize(
+    ("does", "options", "words"),
+    [
+        ("exit 0", [], ""),
+        (NEEDS_PLAIN, ["--no-repack"], r"killed by SIGILL .*started with --no-repack"),
+        (SIGILL, None, r"does not compute on this machine: it was killed by SIGILL"),
+        ("echo no such file; exit 3", None, r"ended with status 3: no such file"),
+    ],
+)
+def test_programs_are_tried_before_anybody_relies_on_them(tmp_path, does, options, words):
+    folder = stand_in(tmp_path, does)
+    trial = llamacpp_trial.run(folder / "llama-perplexity")
+    assert trial.refused is (options is None)
+    assert trial.options == (options or [])
+    assert re.search(words, str(trial)) and bool(str(trial)) is bool(words)
+
+
+def test_without_the_program_nothing_is_tried(tmp_path):
+    trial = llamacpp_trial.run(tmp_path / "llama-perplexity")
+    assert (trial.options, trial.refused, str(trial)) == ([], False, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
+def test_your_own_programs_are_started_plainly_or_refused_in_words(
+    cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "plain", NEEDS_PLAIN)))
+    assert llamacpp.options("llama-server") == ["--no-repack"]
+    assert llamacpp.options("llama-perplexity") == ["--no-repack"]
+    assert capsys.readouterr().out.count("--no-repack") == 1, "said once, not per program"
+    assert "SIGILL" in llamacpp.trouble()
+    monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "dead", SIGILL)))
+    with pytest.raises(OSError, match=rf"killed by SIGILL.*{llamacpp.VARIABLE}"):
+        llamacpp.options("llama-server")
+    monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "well", "exit 0")))
+    assert llamacpp.options("llama-server") == [] and llamacpp.trouble() is None
+
+
+def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
+    from helpers import gguf
+
+    llamacpp_trial.write_tiny_model(tmp_path / "tiny.gguf")
+    found = gguf.inspect(tmp_path / "tiny.gguf")
+    for block, kind in enumerate(llamacpp_trial.TYPES):
+        assert found.tensors.loc[f"blk.{block}.ffn_up.weight", "type"] == kind
+    dying = {"Q8_0", "Q6_K", "Q4_K", "Q4_0", "Q2_K"}  # where AMX is listed and refused
+    assert dying <= set(llamacpp_trial.TYPES)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "ended with status 0"),
+        (7, "ended with status 7"),
+        (-signal.SIGILL, r"killed by SIGILL \(it uses an instruction"),
+        (-signal.SIGKILL, r"killed by SIGKILL \(most likely because memory ran out"),
+        (-signal.SIGSEGV, "killed by SIGSEGV"),
+        (-signal.SIGTERM, r"killed by SIGTERM$"),
+    ],
+)
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_negative_status_is_read_as_the_signal_it_is(status, words):
+    assert re.search(words, llamacpp.how_it_ended(status))
 
 
 # ── built ────────────────────────────────────────────────────────────────────────────────
@@ -183,6 +266,61 @@ def test_it_is_built_once_kept_and_built_again_when_damaged(cache, source, monke
     (path.parent / "llama-perplexity").write_bytes(b"cut")
     assert llamacpp.find("llama-server") is None, "one damaged program spoils the folder"
     assert llamacpp.binary("llama-server").stat().st_mtime_ns > made
+
+
+@BUILDS
+def test_a_build_that_this_processor_refuses_is_followed_by_a_portable_one(
+    cache, source, monkeypatch, capsys
+):
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    (source / "CMakeLists.txt").write_text(
+        LISTS + 'option(GGML_NATIVE "" ON)\nif(GGML_NATIVE)\n'
+        "target_compile_definitions(llama-perplexity PRIVATE REFUSED)\nendif()\n"
+    )
+    (source / "main.cpp").write_text(
+        "#include <csignal>\n#include <cstdio>\nint main(int n, char **) {\n"
+        "#ifdef REFUSED\nif (n > 2) raise(SIGILL);\n#endif\n"
+        'std::puts("version: 6500 (abc)"); }\n'
+    )
+    path = llamacpp.binary("llama-server")
+    assert "portable" in path.parent.parent.name
+    assert "killed by SIGILL" in capsys.readouterr().out
+    assert llamacpp.find("llama-server") == path, "the one that dies is passed over"
+    assert llamacpp.options("llama-server") == []
+
+
+@BUILDS
+def test_the_web_page_is_made_only_when_asked_for(cache, source, monkeypatch):
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    called = []
+    real = llamacpp._call
+    monkeypatch.setattr(
+        llamacpp,
+        "_call",
+        lambda c, *rest: called.append(c[0]) or (c[0] != "npm" and real(c, *rest)),
+    )
+    plain = llamacpp.binary("llama-server")
+    assert "npm" not in called and not llamacpp.has_web_page()
+    tools = shutil.which
+    monkeypatch.setattr(
+        shutil, "which", lambda name, **k: "npm" if name == "npm" else tools(name)
+    )
+    llamacpp.build(web_page=True)
+    assert called.count("npm") == 2 and llamacpp.has_web_page()
+    assert llamacpp.binary("llama-server") != plain, "the abler one is taken"
+    monkeypatch.setattr(shutil, "which", lambda name, **k: None)
+    with pytest.raises(OSError, match=r"needs .*nvcc"):
+        llamacpp.build(cuda=True)
+
+
+def test_no_more_compilers_than_cores_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 8)
+    monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 4 * 10**9)
+    assert llamacpp._jobs() == 3
+    monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 10**8)
+    assert llamacpp._jobs() == 1
+    monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 10**12)
+    assert llamacpp._jobs() == 8
 
 
 @BUILDS

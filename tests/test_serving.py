@@ -310,7 +310,9 @@ def test_the_web_page_is_there_or_its_absence_is_known(tiny):
         page = answer.read()
         client.close()
     if os.environ.get(llamacpp.VARIABLE) or not llamacpp.has_web_page():
-        pytest.skip("these programs were built without the page (npm was not there)")
+        pytest.skip(
+            "these programs were built without the page: llamacpp.build(web_page=True)"
+        )
     assert answer.status == 200, page[:200]
     if answer.headers["Content-Encoding"] == "gzip":
         page = gzip.decompress(page)
