@@ -42,7 +42,11 @@ def main(arguments=None):
         "sync": _sync,
         "plan": memory.main,
     }
-    return chosen[options.command](options)
+    try:
+        return chosen[options.command](options)
+    except notebooks.NotebookError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
 
 
 def _run(options):
@@ -53,7 +57,7 @@ def _run(options):
             summary = notebooks.output_folder(path) / "summary.txt"
             summary.unlink(missing_ok=True)  # an old run's word would be a lie
             executed = notebooks.run(chapter, write=options.write)
-        except (notebooks.NotebookError, ValueError) as error:
+        except ValueError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1
         print(f"\n{path.stem} ran; the executed copy is {_short(executed)}")
@@ -85,11 +89,15 @@ def _doctor(options):
 def _sync(options):
     from helpers import doctor
 
+    # Each brings a page in step with the code and returns the names that changed.
+    pages = (doctor.write_page, notebooks.write_measured_cards)
     try:
-        changed = notebooks.sync(options.repository) + doctor.write_page()
+        changed = notebooks.sync(options.repository)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    for write in pages:
+        changed += write()
     print(f"Changed: {', '.join(changed)}" if changed else "Everything is in step.")
     return 0
 

@@ -5,7 +5,6 @@ programs. `doctor.explain()` after an exception says cause, cure and the cell th
 """
 
 import html
-import os
 import re
 import shutil
 import sys
@@ -103,60 +102,58 @@ def _packages():
             other.append(f"{name} {here} (tested: {tested})")
     if other:
         return WARN, "new enough, but not the tested versions: " + ", ".join(other)
-    return OK, "the tested versions"
+    return OK, "the tested versions" if places.repository_folder() else "new enough"
 
 
 def _accelerator():
     import torch
 
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB
-        return (
-            OK,
-            f"{torch.cuda.get_device_name()}, {memory:.1f} GiB, torch {torch.__version__}",
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        cards = [f"{card.name}, {card.total_memory / GIB:.1f} GiB" for card in found]
+        if len(cards) == 1:
+            return OK, f"{cards[0]}, torch {torch.__version__}"
+        used = torch.cuda.current_device()
+        listing = "; ".join(f"cuda:{number} {card}" for number, card in enumerate(cards))
+        return WARN, (
+            f"{listing}; torch {torch.__version__}. Used is cuda:{used}. TRL's trainers "
+            "refuse several in one process: the bootstrap cell sets CUDA_VISIBLE_DEVICES=0"
         )
     if shutil.which("nvidia-smi"):
         return WARN, (
-            f"there is an NVIDIA driver, and torch {torch.__version__} does not see a "
-            f"card: "
-            "a CPU build of torch, or a driver older than its CUDA"
+            f"there is an NVIDIA driver, and torch {torch.__version__} sees no card: a CPU "
+            "build of torch, a driver older than its CUDA, or an empty CUDA_VISIBLE_DEVICES"
         )
-    return OK, f"none: {os.cpu_count()} CPU cores, the embedded model"
+    return OK, f"none: {runtime.usable_cores()} CPU cores, the embedded model"
 
 
 def _data_types():
     import torch
 
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return OK, "bfloat16 is native"
-        return (
-            WARN,
-            "bfloat16 is only emulated on this card (slow): use fp16=True, bf16=False",
-        )
-    name = str(runtime.native_dtype("cpu")).removeprefix("torch.")
-    return OK, f"{name} is the fastest for matrix products on this CPU"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = runtime.native_dtype(device)
+    name = str(dtype).removeprefix("torch.")
+    text = f"{name} ({runtime.native_dtype_reason(device)})"
+    if device == "cuda" and dtype == torch.float16:
+        return WARN, f"{text}: train with fp16=True, bf16=False"
+    return OK, text
 
 
 def _attention():
-    import torch
-
-    if find_spec("flash_attn") is not None:
-        return OK, "flash-attn is installed"
-    if not torch.cuda.is_available():
-        return OK, "SDPA (flash attention needs a GPU)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return OK, "SDPA (flash attention 2 needs an Ampere card or newer)"
-    return WARN, (
-        "SDPA; flash attention is possible here: pip install kernels, then "
-        'attn_implementation="kernels-community/flash-attn2"'
-    )
+    problem = runtime.flash_attention_problem()
+    if problem is None:
+        return OK, (
+            "SDPA; flash-attn can be had, for 16-bit models on the card: "
+            'attention="flash_attention_2"'
+        )
+    if find_spec("flash_attn") is None:
+        return OK, f"SDPA ({problem})"
+    # Being installed is all that some programs look at before they take it.
+    return WARN, f"SDPA: {problem}. Cure: python -m pip uninstall flash-attn"
 
 
 def _memory():
-    import psutil
-
-    total, free = runtime._memory_bytes("cpu"), psutil.virtual_memory().available
+    total, free = runtime._memory_bytes("cpu"), runtime.available_memory_bytes()
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < 6 * GIB:
         return WARN, f"{text}; Chapter 0 on a CPU takes 5: close other notebooks"
@@ -185,7 +182,9 @@ def _llamacpp():
 
     program = llamacpp.find("llama-server")
     if program is None:
-        return WARN, "not there; Chapter 6 builds it once (6 to 15 minutes on two cores)"
+        return WARN, "not there; Chapter 6 builds it once (about 8 minutes on two cores)"
+    if trouble := llamacpp.trouble():
+        return WARN, f"{llamacpp.version(program) or program}: {trouble}"
     return OK, llamacpp.version(program)
 
 
@@ -280,8 +279,8 @@ class Explanation:
 def explain(error=None):
     """Name the cause and the cure of an error; returns an `Explanation`.
 
-    error: an exception, the text of a traceback, or your own words ("the model never
-    stops"). None: the last exception of this notebook or terminal.
+    error: an exception, the text of a traceback, a message alone, or your own words ("the
+    model never stops"). None: the last exception of this notebook or terminal.
     An error that is not in the catalogue is 'unknown', with a next step and no guess.
     """
     if error is None:
@@ -299,16 +298,14 @@ def explain(error=None):
         raise TypeError(
             f"error must be an exception or a text, not {type(error).__name__}: {error!r}"
         )
-    if not messages:  # no error in it: somebody's own words
-        found = (
-            s for s in SYMPTOMS if s.words and re.search(s.words, error, re.IGNORECASE)
-        )
-        return Explanation(next(found, None), error)
-    for message in messages:
+    for message in messages or [error]:  # no exception's line in it: a message alone?
         for symptom in SYMPTOMS:
             if symptom.error and re.search(symptom.error, message):
                 return Explanation(symptom, message)
-    return Explanation(None, messages[0])
+    if messages:
+        return Explanation(None, messages[0])
+    found = (s for s in SYMPTOMS if s.words and re.search(s.words, error, re.IGNORECASE))
+    return Explanation(next(found, None), error)
 
 
 def _messages(error):
@@ -324,7 +321,8 @@ def _messages(error):
 
 def _messages_in(text):
     # "package.SomeError: message", at the beginning of a line, down to the next traceback.
-    text = re.sub(r"\x1b\[[\d;]*m", "", text)
+    # Without a terminal's colours, and without "[rank0]: " as torchrun's processes write.
+    text = re.sub(r"\x1b\[[\d;]*m|(?m:^\[rank\d+\]: ?)", "", text)
     start = r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Needed|Expired)\b:?"
     pieces = re.split(rf"(?m)(?={start})", text)[1:]
     stop = r"\n\s*\n(?:The above exception|During handling)|\nTraceback "
@@ -343,17 +341,20 @@ def write_page():
 
 def page():
     """The text of Troubleshooting.md, from the catalogue."""
-    provoked = sum(symptom.provoked and bool(symptom.error) for symptom in SYMPTOMS)
+    raised = [symptom for symptom in SYMPTOMS if symptom.provoked and symptom.error]
+    own = sum(symptom.own for symptom in raised)
     parts = [
         "# Troubleshooting",
         "What goes wrong in fine-tuning, why, and what helps. In a notebook, "
         "`from helpers import doctor` and `doctor.explain()` after an error looks it up "
         'here; so does `doctor.explain("the model never stops")`. '
         "`python -m helpers doctor` checks the machine.",
-        f"Of the {len(SYMPTOMS)} entries, {provoked} are errors that this course's tests "
-        "really raise. Those marked ° could not be raised on a machine without a GPU "
-        "or the "
-        "Hub. This page is written by `python -m helpers sync` from `helpers/symptoms.py`.",
+        f"Of the {len(SYMPTOMS)} entries, {len(raised) - own} are errors that the "
+        "libraries really raise in this course's tests (a second card or a broken "
+        f"installation is pretended there, the error is not); {own} more are messages of "
+        "the course itself. Those marked ° could not be raised on a machine without a GPU "
+        "or the Hub. This page is written by `python -m helpers sync` from "
+        "`helpers/symptoms.py`.",
     ]
     for section, symptoms in SECTIONS.items():
         parts.append(f"## {section}")

@@ -77,7 +77,7 @@ def find(name):
         places = [Path(chosen), Path(chosen, "bin"), Path(chosen, "build", "bin")]
         for place in places:
             if (path := place / _executable(name)).is_file():
-                if not is_new_enough(found := version(path)):
+                if not is_new_enough(found := _release(path)):
                     raise ValueError(
                         f"{VARIABLE}={chosen!r}: {name} says {found or 'nothing'!r}, and "
                         f"build {OLDEST_BUILD} (July 2025) or later is needed"
@@ -87,7 +87,7 @@ def find(name):
             f"{VARIABLE}={chosen!r} has no {name}, neither there nor in bin or build/bin. "
             "Name the folder of llama.cpp's programs, or unset the variable"
         )
-    if (found := shutil.which(name)) and is_new_enough(version(found)):
+    if (found := shutil.which(name)) and is_new_enough(_release(Path(found))):
         return Path(found)
     folders = (folder for folder in _finished() if not _trial(folder).refused)
     return next((folder / _executable(name) for folder in folders), None)
@@ -178,6 +178,12 @@ def version(program):
     return next((line for line in lines if line.startswith("version:")), "")
 
 
+def _release(path):
+    """The version line of a program, or of one beside it: llama-quantize knows none."""
+    names = dict.fromkeys((path.name, *map(_executable, PROGRAMS)))
+    return next(filter(None, (version(path.with_name(name)) for name in names)), "")
+
+
 def _said(program, option):
     try:
         done = subprocess.run([program, option], capture_output=True, text=True, timeout=60)
@@ -196,7 +202,7 @@ def how_it_ended(status):
         "SIGKILL": "most likely because memory ran out",
         "SIGSEGV": "a fault in the program, or a damaged file",
     }.get(name)
-    return f"was killed by {name}" + (f" ({why})" if why else "")
+    return f"was killed by {name}" + (f": {why}" if why else "")
 
 
 def is_new_enough(text):

@@ -97,10 +97,10 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
 
     from transformers import AutoModelForCausalLM
 
-    source = _source(name)
-    with _readable_hub_errors(source) as local_only:
+    origin = source(name)
+    with _readable_hub_errors(origin) as local_only:
         model = AutoModelForCausalLM.from_pretrained(
-            source, local_files_only=local_only, **settings
+            origin, local_files_only=local_only, **settings
         )
     return _keep_trainable(model)
 
@@ -186,13 +186,16 @@ def load_tokenizer(name=None):
     """The tokenizer that belongs to a model, as shipped; `name` as in `load_model`."""
     from transformers import AutoTokenizer
 
-    source = _source(name)
-    with _readable_hub_errors(source) as local_only:
-        return AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+    origin = source(name)
+    with _readable_hub_errors(origin) as local_only:
+        return AutoTokenizer.from_pretrained(origin, local_files_only=local_only)
 
 
-def _source(name):
-    """What `from_pretrained` should get for `name`: a Hub id or a folder, as text."""
+def source(name):
+    """What `from_pretrained` should get for a model: a Hub id or a folder, as text.
+
+    name: as in `load_model`; the embedded model's folder is made when it is missing.
+    """
     if name is None:
         name = default_model()
     if not isinstance(name, str | os.PathLike):
@@ -224,16 +227,16 @@ def _torch_dtype(dtype):
 
 
 @contextlib.contextmanager
-def _readable_hub_errors(source):
+def _readable_hub_errors(origin):
     """Yields whether to look at local files only, which spares minutes of retries."""
-    local_only = Path(source).is_dir() or not runtime.hub_reachable()
+    local_only = Path(origin).is_dir() or not runtime.hub_reachable()
     try:
         yield local_only
     except OSError as error:
-        if Path(source).is_dir() or not local_only:
+        if Path(origin).is_dir() or not local_only:
             raise
         raise OSError(
-            f"{source!r} is not in the local cache and the Hugging Face Hub cannot be "
+            f"{origin!r} is not in the local cache and the Hugging Face Hub cannot be "
             f"reached. Connect once to download it, or use the embedded model: "
             f"load_model({EMBEDDED!r})."
         ) from error

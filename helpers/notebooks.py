@@ -10,53 +10,98 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import sys
 import tempfile
 from pathlib import Path
+
+from helpers import places
 
 CHAPTERS = (*(f"Chapter{number}" for number in range(7)), "AppendixB")
 CELL_SECONDS = 1800
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
-# The one place that says where the course lives: `python -m helpers sync --repository`.
-REPOSITORY = "hands-on-fine-tuning/course"
 PICTURE = ".github/before-and-after.png"
+MEASURED = r"(?s)(<!-- measured cards -->).*?(<!-- /measured cards -->)"
 
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/{name}.ipynb)"
 )
 BOOTSTRAP = """\
-# Brings the course to Colab or a pod; where it is at hand, there is nothing to do.
+# Brings the course to Colab, Kaggle or a pod; does nothing where it is at hand.
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
 address = "https://github.com/{repository}"
-brought = importlib.util.find_spec("helpers") is None
+folder, part = "fine-tuning-course", "fine-tuning-course.part"
+
+
+def is_course(package):
+    return os.path.isfile(os.path.join(package, "places.py"))
+
+
+if sys.version_info < (3, 11):
+    here = sys.version.split()[0]
+    raise RuntimeError(f"The course needs Python 3.11 or newer, not {here}.")
+
+found = importlib.util.find_spec("helpers")
+homes = found.submodule_search_locations if found else None
+brought = not any(map(is_course, homes or []))
+if brought and "helpers" in sys.modules:
+    other = f"Another `helpers` is loaded ({found.origin})"
+    raise RuntimeError(f"{other}: restart, and run this cell first.")
+
 if brought:
-    folder = os.path.abspath("fine-tuning-course")
+    why = f"{folder} is something else here, rename it"
     if not os.path.isdir(folder):
-        clone = ["git", "clone", "-q", "--depth", "1", address, folder + ".part"]
-        subprocess.run(clone, check=True)
-        os.rename(folder + ".part", folder)
+        shutil.rmtree(part, ignore_errors=True)
+        os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a question would wait forever
+        git = f"git clone -q --depth 1 {address} {part}"
+        why = subprocess.getoutput(git) or "it holds something else"
+        if is_course(f"{part}/helpers"):
+            os.rename(part, folder)
+        shutil.rmtree(part, ignore_errors=True)
+    if not is_course(f"{folder}/helpers"):
+        failed = f"{address} did not bring the course, nothing was run"
+        raise RuntimeError(f"{failed}: {why}")
     os.chdir(folder)
-    sys.path.insert(0, folder)
+    sys.path.insert(0, os.getcwd())
 
 from helpers import places
 
 places.settle(brought)
 """
 
+# The course's address in a page, whoever's it was; other links to GitHub are left alone.
+ADDRESSES = (
+    r'(?m)(^Repository = "https://github\.com/)[\w.-]+/[\w.-]+(?="$)',
+    r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/main/)",
+    r"(git clone [^\n]*https://github\.com/)[\w.-]+/[\w.-]+(?= fine-tuning-course\b)",
+)
+
 
 class NotebookError(RuntimeError):
-    """A cell failed; the message says which one, shows its source and the error."""
+    """The notebooks are not here, or one did not run to its end; the message says why."""
 
 
 def root():
-    """The folder of the course: where the notebooks lie."""
-    return Path(__file__).resolve().parent.parent
+    """The folder of the course, where the notebooks lie; NotebookError where it is not."""
+    folder = places.repository_folder()
+    if folder is None:
+        raise NotebookError(
+            "This needs the course's repository, and `helpers` was installed without it: "
+            f"git clone https://github.com/{address()} fine-tuning-course"
+        )
+    return folder
+
+
+def address():
+    """The course's 'owner/name' on GitHub, as [project.urls] of pyproject.toml has it."""
+    return places.project_table()["urls"]["Repository"].removeprefix("https://github.com/")
 
 
 def find(name):
@@ -110,14 +155,16 @@ def run(name, *, write=False, progress=True):
 
 def _execute(notebook, path, progress):
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from tqdm.auto import tqdm
 
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     bar = tqdm(total=len(code), desc=path.stem, unit="cell", disable=not progress)
+    running = []
 
     def advance(cell, **_):
         bar.set_postfix_str(_first_line(cell))
+        running.append(cell)
 
     def done(cell, **_):
         bar.update(1)
@@ -135,28 +182,27 @@ def _execute(notebook, path, progress):
         with bar:
             client.execute()
     except CellExecutionError as error:
-        raise NotebookError(_explain(notebook, path, error)) from None
+        source = "\n".join(f"    {line}" for line in running[-1].source.splitlines())
+        why = f"failed.\n\n{source}\n\n{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        why = (
+            "lost its kernel, which was killed: most likely memory ran out, so close other "
+            "notebooks and programs, or take a machine with more, and run it again."
+        )
+    except CellTimeoutError:
+        why = (
+            f"ran for {CELL_SECONDS} seconds and was stopped: take a faster machine, or "
+            "JupyterLab (`python -m helpers lab`), which knows no limit."
+        )
+    else:
+        return
+    number = next(n for n, cell in enumerate(code, 1) if cell is running[-1])
+    raise NotebookError(f"{path.name}: code cell {number} of {len(code)} {why}")
 
 
 def _first_line(cell):
     lines = [line for line in cell.source.splitlines() if line.strip()]
     return lines[0][:48] if lines else ""
-
-
-def _explain(notebook, path, error):
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    failed = next(
-        (number, cell)
-        for number, cell in enumerate(code, 1)
-        if any(output.output_type == "error" for output in cell.get("outputs", []))
-        and "raises-exception" not in cell.metadata.get("tags", [])
-    )
-    number, cell = failed
-    source = "\n".join(f"    {line}" for line in cell.source.splitlines())
-    return (
-        f"{path.name}: code cell {number} of {len(code)} failed.\n\n{source}\n\n"
-        f"{error.ename}: {error.evalue}"
-    )
 
 
 def clean(notebook):
@@ -203,7 +249,7 @@ def complaints(notebook):
         if cell.source.strip() and cell.execution_count is None:
             found.append(f"code cell {number} has not been run")
         for output in cell.outputs:
-            text = json.dumps(output)
+            text = _shown(output)
             if (
                 output.output_type == "error"
                 and "raises-exception" not in cell.metadata.get("tags", [])
@@ -220,9 +266,20 @@ def complaints(notebook):
     return found
 
 
+def _shown(output):
+    """What an output shows in letters; pictures are base64, which may spell anything."""
+    parts = [output.get("text", ""), output.get("evalue", ""), *output.get("traceback", [])]
+    for kind, value in output.get("data", {}).items():
+        if kind == "image/svg+xml" or not kind.startswith("image/"):
+            parts.append(value if isinstance(value, str) else json.dumps(value))
+    return re.sub(r"data:image/[\w+.-]+;base64,[\w+/=]+", "", "\n".join(parts))
+
+
 def _absolute_path(text):
+    text = text.replace("\\\\", "\\")  # repr and JSON double them in Windows' paths
     homes = {str(root()), str(Path.home()), sys.prefix, tempfile.gettempdir()}
-    match = re.search(r"/(root|tmp|work|home|Users)/[\w./-]*", text)
+    ours = r"/(?:root|tmp|work|home|Users)/[\w./-]*"
+    match = re.search(rf"{ours}|\b[A-Za-z]:\\Users\\[\w.\\-]*", text)
     if match:
         return match.group()
     return next((home for home in homes if len(home) > 3 and home in text), None)
@@ -252,36 +309,32 @@ def replace_file(path, content):
 
 def badge(name, repository=None):
     """The 'Open in Colab' badge of a notebook, as Markdown."""
-    return BADGE.format(repository=repository or REPOSITORY, name=name)
+    return BADGE.format(repository=repository or address(), name=name)
 
 
 def bootstrap(repository=None):
     """The source of the bootstrap cell, the same in every notebook."""
-    return BOOTSTRAP.replace("{repository}", repository or REPOSITORY).rstrip()
+    return BOOTSTRAP.replace("{repository}", repository or address()).rstrip()
 
 
 def sync(repository=None):
-    """Put bootstrap cells, badges and links in step with this module, everywhere.
+    """Put bootstrap cells, badges and addresses in step with pyproject.toml, everywhere.
 
-    Covers the notebooks and the pages at the top, and the README's figure, which is Chapter
-    0's. Stored outputs stay as they are.
-    repository: 'owner/name', to point them all (and this module) at a fork.
-    Returns the names of the files that changed; raises ValueError for another form.
+    Covers the notebooks, the pages at the top, and README's figure, which is Chapter 0's.
+    Stored outputs stay as they are. Nothing but Python is needed.
+    repository: 'owner/name' of a fork, which goes into pyproject.toml too.
+    Returns the names of the files that changed; raises ValueError for another form,
+    NotebookError where `helpers` was installed without the repository.
     """
     if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"repository must look like 'owner/name', not {repository!r}")
-    target = repository or REPOSITORY
-    paths = [root() / "helpers" / "notebooks.py", *sorted(root().glob("*.md"))]
-    texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    texts |= {path: path.read_text(encoding="utf-8") for path in map(find, written())}
+    target = repository or address()
     changed = []
-    for path, before in texts.items():
-        text = re.sub(rf"(github(?:\.com)?/){REPOSITORY}\b", rf"\g<1>{target}", before)
-        if path.suffix == ".py":
-            text = before.replace(f'= "{REPOSITORY}"\n', f'= "{target}"\n')
-        if path.suffix == ".ipynb":
-            text = _with_cells_in_step(text, path.stem, target)
-        if text != before:
+    pages = [root() / "pyproject.toml", *sorted(root().glob("*.md"))]
+    for path in [*pages, *map(find, written())]:
+        before = path.read_text(encoding="utf-8")
+        in_step = _notebook_in_step if path.suffix == ".ipynb" else _page_in_step
+        if (text := in_step(before, target, path.stem)) != before:
             replace_file(path, text)
             changed.append(path.name)
     path, picture = root() / PICTURE, _picture()
@@ -292,22 +345,46 @@ def sync(repository=None):
     return changed
 
 
+def write_measured_cards():
+    """Put README's table of measured cards in step with the reports in tests/gpu/results.
+
+    Returns [README's name], or [] when nothing changed.
+    """
+    folder, path = root() / "tests" / "gpu", root() / "README.md"
+    table = runpy.run_path(str(folder / "measured.py"))["table"](folder / "results")
+    before = path.read_text(encoding="utf-8")
+    text = re.sub(MEASURED, lambda found: f"{found[1]}\n{table}\n{found[2]}", before)
+    if text == before:
+        return []
+    replace_file(path, text)
+    return [path.name]
+
+
 def _picture():
     """README's figure: the last one stored in Chapter 0, base model beside fine-tuned."""
-    import nbformat
-
-    cells = nbformat.read(find("Chapter0"), as_version=4).cells
+    cells = json.loads(find("Chapter0").read_text(encoding="utf-8"))["cells"]
     outputs = [output.get("data", {}) for c in cells for output in c.get("outputs", [])]
     return base64.b64decode([o["image/png"] for o in outputs if "image/png" in o][-1])
 
 
-def _with_cells_in_step(text, name, repository):
-    import nbformat
+def _page_in_step(text, repository, _=None):
+    for form in ADDRESSES:
+        text = re.sub(form, rf"\g<1>{repository}", text)
+    return text
 
-    notebook = nbformat.reads(text, as_version=4)
-    for cell in notebook.cells:
-        if "bootstrap" in cell.metadata.get("tags", []):
-            cell.source = bootstrap(repository)
-        elif cell.source.startswith("[![Open in Colab]"):
-            cell.source = badge(name, repository)
-    return nbformat.writes(notebook, version=4) + "\n"
+
+def _notebook_in_step(text, repository, name):
+    notebook, changed = json.loads(text), False
+    for cell in notebook["cells"]:
+        source = before = "".join(cell["source"])
+        if "bootstrap" in cell["metadata"].get("tags", []):
+            source = bootstrap(repository)
+        elif before.startswith("[![Open in Colab"):
+            source = badge(name, repository)
+        elif cell["cell_type"] == "markdown":
+            source = _page_in_step(before, repository)
+        if source != before:
+            cell["source"], changed = source.splitlines(keepends=True), True
+    # As nbformat writes it, which only those have who work on notebooks.
+    shape = {"indent": 1, "sort_keys": True, "ensure_ascii": False}
+    return json.dumps(notebook, **shape) + "\n" if changed else text

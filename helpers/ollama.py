@@ -6,13 +6,15 @@ probe conversations, taken apart, written down again in Go, and put together onc
 compared. What does not come out equal is refused.
 """
 
+import ipaddress
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 
-ADDRESS = "http://127.0.0.1:11434"
+PORTS = {"": 11434, "http": 80, "https": 443}  # where an address names no port
 INSTALL = (
     "Install it from ollama.com/download (macOS, Windows), with its shell script on Linux "
     "and on a pod, in Colab with the same script and `ollama serve &` in a terminal; then "
@@ -243,13 +245,13 @@ def _closing(closing, *followed):
 def ollama_chat(model, messages, *, address=None, **options):
     """Ask Ollama over its REST API; returns the answer's text (Chapter 6).
 
-    model: a name from `ollama list`. address: default OLLAMA_HOST or 127.0.0.1:11434.
-    options: such as temperature=0, num_predict=64. Raises ConnectionError with how to
-    install and start Ollama when nobody answers. Not run by the course's tests against
-    Ollama itself, whose program is not to be had on its machines.
+    model: a name from `ollama list`. address: in any form that OLLAMA_HOST may have, which
+    is its default ('127.0.0.1', ':11500', 'https://host/path'; nothing: 127.0.0.1:11434).
+    options: such as temperature=0, num_predict=64. Raises ValueError for another form,
+    ConnectionError with how to install and start Ollama when nobody answers. Not run by
+    the course's tests against Ollama itself, whose program cannot be had there.
     """
-    address = address or os.environ.get("OLLAMA_HOST") or ADDRESS
-    address = address if "://" in address else f"http://{address}"
+    address = _url(address or os.environ.get("OLLAMA_HOST", ""))
     payload = {"model": model, "messages": list(messages), "stream": False}
     request = urllib.request.Request(
         f"{address}/api/chat",
@@ -269,3 +271,33 @@ def ollama_chat(model, messages, *, address=None, **options):
         raise ConnectionError(
             f"Ollama does not answer at {address} ({error}). {INSTALL}"
         ) from None
+
+
+def _url(address):
+    """The address as Ollama's own client reads it, in full: scheme, host, port, path."""
+    text = address.strip().strip("\"'")
+    scheme, _, rest = text.rpartition("://")
+    try:
+        if _version(rest) == 6:  # without its brackets, so without a port
+            rest = f"[{rest}]"
+        parts = urllib.parse.urlsplit(f"{scheme or 'http'}://{rest}")
+        default, host, port = PORTS[scheme.lower()], parts.hostname, parts.port
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"address (or OLLAMA_HOST) must look like 'host', 'host:11434' or "
+            f"'http://host:11434', not {address!r}"
+        ) from None
+    # What a server listens on to be seen from everywhere is no place to call.
+    here = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = here.get(host, host)
+    host = f"[{host}]" if _version(host) == 6 else host
+    path = parts.path.strip("/")
+    return f"{parts.scheme}://{host}:{port or default}{'/' + path if path else ''}"
+
+
+def _version(host):
+    """4 or 6 for an IP address, None for a name."""
+    try:
+        return ipaddress.ip_address(host).version
+    except ValueError:
+        return None

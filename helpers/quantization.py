@@ -1,7 +1,8 @@
 """Numbers in fewer bits, from evenly spaced bins to NF4 with double quantization.
 
 Introduced in Chapter 2. Everything here is plain tensor arithmetic in a handful of
-vectorized lines, and the codes equal those of bitsandbytes 0.50 bit for bit.
+vectorized lines, and the codes equal those of bitsandbytes 0.50's CPU kernels bit for bit
+(its CUDA kernels divide less exactly: a few codes may be apart there).
 
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2110.02861),
 "LLM.int8()" (2208.07339) and "QLoRA" (2305.14314).
@@ -133,7 +134,7 @@ def quantize_int8(matrix, *, threshold=0.0):
     """Quantize a matrix to int8 with one scale per row, as LLM.int8() does (Chapter 2).
 
     matrix: weights (out, in) or activations (tokens, features). It passes through float16
-    first, as in bitsandbytes' `Linear8bitLt`, whose codes these equal.
+    first, as in bitsandbytes' `Linear8bitLt`, whose codes on a CPU these equal.
     threshold: columns holding a magnitude of at least this much are kept in float16; the
     library's default for activations is 6.0, and 0.0 means no outliers.
     Raises ValueError for anything but a finite matrix within float16's range.

@@ -16,6 +16,7 @@ class Symptom:
     proof: (notebook, heading) of the place that shows it, or None.
     provoked: a test raises the real thing; False where a CPU cannot (then the message was
     read in the library's source or in its users' reports).
+    own: the message is this course's, not a library's.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Symptom:
     words: str = ""
     proof: tuple[str, str] | None = None
     provoked: bool = True
+    own: bool = False
 
 
 def _unexpected(owner, *names):
@@ -198,20 +200,65 @@ SECTIONS = {
         Symptom(
             "flash_attention",
             "flash attention “cannot be used”, or `flash_attn` is not there",
-            "It is a package of its own that must fit GPU (Ampere or newer), torch "
-            "and CUDA.",
-            'Take `attn_implementation="sdpa"`; nearly as good. `doctor.report()` '
-            "says what "
-            "this machine could have.",
-            r"FlashAttention\d? has been toggled on|No module named 'flash_attn'",
+            "It is a package of its own and needs an NVIDIA card, Ampere or newer; a T4 is "
+            "older.",
+            'Take `attn_implementation="sdpa"`; nearly as good. `doctor.report()` says '
+            "what this machine could have.",
+            r"FlashAttention\d? has been toggled on|No module named 'flash_attn'"
+            r"|FlashAttention only supports Ampere"
+            r"|use Flash Attention \d with a model not initialized on GPU",
             proof=("Chapter5", "Attention, and what flash attention does"),
+        ),
+        Symptom(
+            "flash_build",
+            "`flash_attn_2_cuda…so: undefined symbol`",
+            "This flash-attn was built for another torch than the one that is installed.",
+            "`pip uninstall flash-attn` and take SDPA, or install a build for exactly this "
+            "torch, CUDA and Python: `torch.__version__` says which.",
+            r"flash_attn\w*\.\S*: undefined symbol"
+            r"|DLL load failed while importing flash_attn",
+            provoked=False,
+        ),
+        Symptom(
+            "flash_float32",
+            "“FlashAttention only support fp16 and bf16 data type”",
+            "Its kernels know 16-bit numbers only, and the model, or a layer of it that "
+            "was made float32 for training, hands it float32.",
+            'Load with `attention="sdpa"` (elsewhere `attn_implementation="sdpa"`), or '
+            "with `dtype=torch.bfloat16`, and train with `bf16=True`: autocast converts.",
+            r"Flash ?Attention( \d)? only supports? (fp16|torch\.float16)",
+            proof=("Chapter5", "Attention, and what flash attention does"),
+            provoked=False,
+        ),
+        Symptom(
+            "bitsandbytes_library",
+            "“CUDA SETUP ERROR: Missing dependency: libnvJitLink.so.13” (bitsandbytes)",
+            "bitsandbytes is there and was built for this CUDA; a library of CUDA that it "
+            "needs is where the system's loader does not look.",
+            "`python -m bitsandbytes` shows what it tried. pip puts these libraries into "
+            "folders such as `site-packages/nvidia/cu13/lib`: add the one that holds it to "
+            "`LD_LIBRARY_PATH` and start Python anew.",
+            r"(CUDA|ROCm) SETUP ERROR: Missing dependency"
+            r"|lib(nvJitLink|cu\w+)\.so\S*: cannot open shared object file",
+        ),
+        Symptom(
+            "bitsandbytes_build",
+            "“bitsandbytes native library functionality but it's not available”",
+            "It brings one compiled library for each version of CUDA, and none that fits "
+            "this torch's (or `BNB_CUDA_VERSION` asks for another); or it was installed "
+            "from its source, without any.",
+            "`pip install -U bitsandbytes`; `python -m bitsandbytes` lists what there is. "
+            "Unset `BNB_CUDA_VERSION`, or set it to the nearest version listed (129 for "
+            "12.9).",
+            r"native library functionality but it's not available"
+            r"|not available in CPU-only version of bitsandbytes"
+            r"|No compatible (CUDA|ROCm) binary found",
         ),
         Symptom(
             "hub_unreachable",
             "“We couldn't connect to 'https://huggingface.co'”",
             "No network, a proxy, or offline mode, and the files are not in the cache.",
-            "Connect once. Without a network, `models.load_model()` takes the "
-            "embedded model.",
+            "Connect once. Without a network, take `models.load_model(models.EMBEDDED)`.",
             r"couldn't connect to 'https://huggingface\.co'|LocalEntryNotFoundError"
             r"|OfflineModeIsEnabled",
             proof=("Chapter0", "1. A base model in four bits"),
@@ -473,6 +520,51 @@ SECTIONS = {
             provoked=False,
         ),
         Symptom(
+            "bf16_kernel",
+            "“Feature '.bf16' requires .target sm_80 or higher”",
+            "A kernel that Triton compiles (TRL's loss, `torch.compile`) was given "
+            "bfloat16 on a card older than Ampere, such as a T4. Reported with older "
+            "Tritons; 3.9 compiles it.",
+            "`**training.machine_settings(here)`, or `fp16=True, bf16=False` and a model "
+            "loaded in float16: `SFTConfig` turns bf16 on when nothing is said.",
+            r"Feature '[^'\n]*\bbf16[^'\n]*' requires \.target sm_80",
+            proof=("Chapter5", "Number formats in training"),
+            provoked=False,
+        ),
+        Symptom(
+            "two_devices",
+            "“Expected all tensors to be on the same device”",
+            "The model is on the card and its input on the CPU, or the other way round.",
+            "`ids.to(model.device)`, and `**batch.to(model.device)` for what a tokenizer "
+            "returns. For a lesson on a small model, load it on the CPU: "
+            '`models.load_model(models.EMBEDDED, device="cpu")`.',
+            r"Expected all tensors to be on the same device",
+            words=r"tensors?\b.{0,30}\b(cuda(:\d)?,? and cpu|cpu,? and cuda"
+            r"|(different|same|two) devices?)\b",
+        ),
+        Symptom(
+            "data_parallel",
+            "“does not support `nn.DataParallel`”",
+            "Several cards are visible to one process, and TRL's trainers take one.",
+            "Restart the kernel and begin with the bootstrap cell: it sets "
+            "`CUDA_VISIBLE_DEVICES=0`. For a program of your own, set it in the shell. To "
+            "use all cards, start one process for each: `accelerate launch`.",
+            r"does not support `nn\.DataParallel`",
+            proof=("Chapter5", "Outgrowing one GPU"),
+        ),
+        Symptom(
+            "duplicate_gpu",
+            "NCCL: “Duplicate GPU detected : rank 1 and rank 0 both on CUDA device”",
+            "More processes were started than there are cards, or all of them took the "
+            "same one.",
+            "As many processes as `torch.cuda.device_count()` says, started by "
+            "`accelerate launch` or `torchrun`. To try two processes without two cards: "
+            "`use_cpu: true`.",
+            r"Duplicate GPU detected",
+            proof=("Chapter5", "Outgrowing one GPU"),
+            provoked=False,
+        ),
+        Symptom(
             "cuda_memory",
             "“CUDA out of memory”",
             "The worst instant of a step needs more than the card has.",
@@ -535,6 +627,7 @@ SECTIONS = {
             "Fine-tune a Llama, Qwen, Gemma, Phi or Mistral kind if it must become GGUF.",
             r"has no converter for|Model \w+ is not supported",
             proof=("Chapter6", "The adapter alone"),
+            own=True,
         ),
         Symptom(
             "adapter_with_embeddings",
@@ -543,6 +636,7 @@ SECTIONS = {
             "Merge into the full-precision base, convert the merged model.",
             r"which is no low-rank pair|Embeddings is present in the adapter",
             proof=("Chapter6", "The adapter alone"),
+            own=True,
         ),
         Symptom(
             "damaged_gguf",
@@ -552,6 +646,29 @@ SECTIONS = {
             "Compare the size, download or convert again.",
             r"is cut short or damaged|tensor .* data is not within the file bounds",
             proof=("Chapter6", "GGUF: one file, everything in it"),
+            own=True,
+        ),
+        Symptom(
+            "illegal_instruction",
+            "a program “was killed by SIGILL” (illegal instruction)",
+            "It uses instructions that this processor, or the virtual machine around it, "
+            "refuses: often AMX, which some clouds list and do not allow.",
+            "Build it for any processor (`cmake -DGGML_NATIVE=OFF`), or start it with "
+            "`--no-repack`. The course does so with a llama.cpp of its own: unset "
+            "`LLAMA_CPP` and take the other one off your PATH.",
+            r"killed by SIGILL|Illegal instruction \(core dumped\)",
+            own=True,
+        ),
+        Symptom(
+            "llamacpp_crash",
+            "a program “was killed by SIGSEGV”, “SIGABRT” or “SIGBUS”",
+            "It crashed: a check of its own failed (SIGABRT; its last words say which), or "
+            "the file it read was cut short or the disk filled up meanwhile (SIGBUS).",
+            "`gguf.inspect(path)` finds a damaged file: make it anew. If it crashes on a "
+            "good one, delete the folder `llama.cpp-…` in `runtime.cache_folder()` and it "
+            "is built again, or name another build in `LLAMA_CPP`.",
+            r"killed by SIG(SEGV|ABRT|BUS)|GGML_ASSERT",
+            own=True,
         ),
         Symptom(
             "port_taken",
@@ -569,6 +686,7 @@ SECTIONS = {
             "installation at all.",
             r"Ollama does not answer|11434.*([Cc]onnection refused|Failed to establish)",
             proof=("Chapter6", "Ollama"),
+            own=True,
         ),
         Symptom(
             "garbage_when_served",
@@ -595,6 +713,29 @@ SECTIONS = {
             proof=("Chapter0", "Chapter 0: the whole journey, quickly"),
         ),
         Symptom(
+            "killed",
+            "the kernel died, or a program “was killed by SIGKILL”",
+            "Nearly always memory: when it is full, the system ends the process that holds "
+            "most of it, without a word.",
+            "`doctor.report()` says what is free. Close other notebooks; smaller batch or "
+            "shorter rows, a smaller model. For llama.cpp: less context, fewer slots, or a "
+            "smaller kind such as Q4_K_M.",
+            r"DeadKernelError|[Kk]ernel (has |appears to have )?died|killed by SIGKILL"
+            r"|[Ss]ignal 9 \(SIGKILL\)|exit ?code\s*:? -9\b",
+            words=r"kernel (\w+ )?(dies|dying|crashe[sd]|crashing)\b|session crashed",
+        ),
+        Symptom(
+            "no_kernel_image",
+            "“no kernel image is available for execution on the device”",
+            "torch (or bitsandbytes, or flash-attn) was built without code for this "
+            "generation of cards: the card is newer than the build, or too old for it.",
+            "Compare `torch.cuda.get_device_capability()` with "
+            "`torch.cuda.get_arch_list()`. A new card: the newest torch. An old one: a "
+            "torch built for an older CUDA. Then a bitsandbytes that fits.",
+            r"no kernel image is available|is not compatible with the current PyTorch",
+            provoked=False,
+        ),
+        Symptom(
             "numpy_binary",
             "“numpy.dtype size changed, may indicate binary incompatibility”",
             "numpy was replaced under packages that were built for another one, or after "
@@ -608,10 +749,12 @@ SECTIONS = {
         Symptom(
             "restart_needed",
             "the bootstrap cell asks for a restart",
-            "A package was loaded before it was replaced; the old one is still in memory.",
-            "Restart the session once and run the cell again. Nothing is lost.",
+            "A library was loaded before it was replaced, or before it was told which card "
+            "or cache to use; it does not look again.",
+            "Restart the session once and run the cell first of all. Nothing is lost.",
             r"RestartNeeded",
             proof=("Chapter0", "Chapter 0: the whole journey, quickly"),
+            own=True,
         ),
     ],
 }

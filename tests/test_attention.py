@@ -310,7 +310,8 @@ def test_read_heads_equals_the_models_own_weights(family):
 
 
 def test_read_heads_of_the_embedded_model():
-    model = models.load_model(models.EMBEDDED, dtype="float32", attention="eager").eval()
+    settings = {"dtype": "float32", "attention": "eager", "device": "cpu"}
+    model = models.load_model(models.EMBEDDED, **settings).eval()
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     text = "The birch canoe slid on the smooth planks."
     heads = read_heads(model, tokenizer, text)

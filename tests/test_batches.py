@@ -12,7 +12,7 @@ LENGTHS = (20, 63, 9, 90, 31)
 
 @functools.cache
 def tokenizer():
-    prepared = chat.prepare_tokenizer(models.load_tokenizer())
+    prepared = chat.prepare_tokenizer(models.load_tokenizer(models.EMBEDDED))
     prepared.chat_template = chat.chatml_template()
     return prepared
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from helpers import chat, data, evaluation, models, notebooks, training
+from helpers import chat, data, evaluation, exercises, models, notebooks, training
+from helpers.exercises import chapter0, chapter4
 
 pytestmark = pytest.mark.environments
 PHI_TEMPLATE = (
@@ -98,11 +99,13 @@ def opt(tmp_path_factory):
 @pytest.mark.parametrize(
     ("chapter", "kind"),
     [
+        ("Chapter1", "phi"),
         ("Chapter2", "opt"),
         ("Chapter3", "opt"),
+        ("Chapter4", "phi"),
         ("Chapter5", "opt"),
         ("Chapter0", "phi"),
-        # Not Chapter 6: it fetches the base's folder from the Hub to convert it.
+        # Not Chapter 6: on a card it takes the embedded model too.
     ],
 )
 def test_a_chapter_runs_with_a_model_like_the_books(
@@ -125,6 +128,22 @@ def test_a_chapter_runs_with_a_model_like_the_books(
         resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
+
+
+@pytest.mark.parametrize("kind", ["opt", "phi"])
+def test_no_exercise_asks_which_model_this_machine_would_take(kind, request, monkeypatch):
+    folder = request.getfixturevalue(kind)
+    monkeypatch.setattr(models, "default_model", lambda chapter=None: str(folder))
+    for module in (chapter0, chapter4):
+        module._tokenizer.cache_clear()
+    failed = {}
+    for number, exercise in exercises.catalogue().items():
+        names = {"given": exercise.given()} if exercise.given else {}
+        exec(exercise.solution, names)
+        result = exercises.check(number, names["answer"])
+        if not result.passed:
+            failed[number] = result.message
+    assert not failed
 
 
 def test_a_model_with_markers_of_its_own_answers_and_stops(phi, tmp_path):

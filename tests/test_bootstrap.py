@@ -1,4 +1,4 @@
-"""The bootstrap cell: on this machine, in an emulated Colab, on an emulated pod."""
+"""The bootstrap cell: at home, among namesakes, in an emulated Colab and on a pod."""
 
 import importlib.metadata
 import json
@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+import venv
 from pathlib import Path
 
 import environments
 import nbformat
 import pytest
+import yaml
 
 from helpers import notebooks, places, runtime
 
@@ -41,6 +44,7 @@ def test_nothing_is_installed_where_all_is_there(capsys):
 
 
 def test_on_your_own_machine_nothing_is_installed_even_if_it_is_missing(monkeypatch):
+    monkeypatch.setenv(places.CARDS, "0")
     monkeypatch.setattr(runtime, "detect_platform", lambda: "local")
     monkeypatch.setattr(places, "install_missing", lambda: pytest.fail("at home!"))
     places.settle(brought=False)
@@ -108,10 +112,36 @@ def test_a_pip_that_fails_is_quoted(monkeypatch):
     assert "no-such-distribution-anywhere" in str(error.value).split("pip says:")[1]
 
 
-def test_an_old_python_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(places, "OLDEST_PYTHON", (99, 1))
-    with pytest.raises(RuntimeError, match=r"Python 99\.1 or newer"):
-        places.install_missing()
+@pytest.mark.parametrize("uv", [True, False])
+def test_without_pip_uv_or_pythons_own_copy_installs(tmp_path, monkeypatch, uv):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=os.name != "nt")
+    python = environments.python_of(tmp_path / "bare")
+    script = "#!/bin/sh\necho uv was asked: $@ >&2\nexit 1"
+    given = executable(tmp_path / "programs", "uv", script).parent if uv else tmp_path
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    done = subprocess.run(
+        [
+            python,
+            "-c",
+            "from helpers import places; places._pip_install(['no-such==1'], [])",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": str(given)},
+    )
+    assert "could not install no-such==1" in done.stderr, done.stderr
+    if uv:
+        assert f"uv was asked: pip install -q --python {python}" in done.stderr
+    else:
+        assert "No matching distribution found for no-such==1" in done.stderr
+
+
+def executable(folder, name, script):
+    """A program of our own, to be put on PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(script)
+    (folder / name).chmod(0o755)
+    return folder / name
 
 
 def test_the_library_of_the_hub_loaded_too_early_is_said(monkeypatch, tmp_path):
@@ -123,6 +153,132 @@ def test_the_library_of_the_hub_loaded_too_early_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", "mine")
     places.use_volume()
     assert os.environ["HF_HOME"] == "mine"
+
+
+# ── several cards ────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def cards(tmp_path, monkeypatch):
+    """A machine with as many cards as told; torch is not imported, nothing is chosen."""
+    monkeypatch.setenv(places.CARDS, "")  # so that what the test leaves is taken back
+    monkeypatch.delenv(places.CARDS)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(runtime, "detect_platform", lambda: "local")
+
+    def have(number):
+        lines = [f"GPU {n}: Tesla T4 (UUID: GPU-{n})" for n in range(number)]
+        script = "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines)
+        executable(tmp_path / "programs", "nvidia-smi", script)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}{os.pathsep}{os.defpath}")
+
+    return have
+
+
+def test_of_two_cards_the_first_is_taken_and_said_in_a_line(cards, capsys):
+    cards(2)
+    places.settle()
+    assert os.environ[places.CARDS] == "0"
+    out = capsys.readouterr().out
+    assert out.startswith("2 cards here") and out.count("\n") == 1
+    places.settle()
+    assert capsys.readouterr().out == "", "said once"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_with_one_card_or_none_nothing_is_chosen(cards, capsys, number):
+    cards(number)
+    places.settle()
+    assert places.CARDS not in os.environ and capsys.readouterr().out == ""
+
+
+def test_without_a_driver_nothing_is_chosen(cards, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    places.settle()
+    assert places.CARDS not in os.environ
+
+
+@pytest.mark.parametrize("own", ["1", "0,1", ""])
+def test_a_choice_of_your_own_is_kept(cards, monkeypatch, own):
+    cards(2)
+    monkeypatch.setenv(places.CARDS, own)
+    places.settle()
+    assert os.environ[places.CARDS] == own
+
+
+class Cuda:
+    """torch.cuda, as it counts: by the variable until it has begun, then what it opened."""
+
+    def __init__(self, opened):
+        self.opened, self.begun = opened, False
+
+    def is_available(self):
+        return True
+
+    def init(self):
+        self.begun = True
+
+    def device_count(self):
+        return self.opened if self.begun else 1
+
+
+def test_cards_that_torch_has_opened_ask_for_a_restart_every_time(cards, monkeypatch):
+    cards(2)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=Cuda(opened=2)))
+    for _ in range(2):
+        with pytest.raises(places.RestartNeeded, match=r"opened 2 cards.*restart"):
+            places.settle()
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=Cuda(opened=1)))
+    places.settle()
+    assert os.environ[places.CARDS] == "0", "torch was imported, and had opened none yet"
+
+
+# ── installed with pip, the repository is not around ─────────────────────────────────────
+@pytest.fixture
+def installed(tmp_path):
+    """What pip makes of the repository: `helpers` and what the project says of itself."""
+    site = tmp_path / "site"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "helpers", site / "helpers", ignore=ignored)
+    project = places.project_table(ROOT / "pyproject.toml")
+    lines = ["Metadata-Version: 2.4", f"Name: {project['name']}", "Version: 0.1.0"]
+    lines += [f"Project-URL: {name}, {url}" for name, url in project["urls"].items()]
+    lines += [f"Requires-Dist: {text}" for text in project["dependencies"]]
+    lines += ['Requires-Dist: no-such-thing>=1; extra == "flash"', ""]
+    info = site / "fine_tuning_helpers-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("\n".join(lines))
+
+    def run(*command):
+        around = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, *command]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=around, capture_output=True, text=True
+        )
+        assert sorted(p.name for p in site.iterdir()) == [info.name, "helpers"]
+        return done
+
+    return run
+
+
+def test_installed_it_knows_its_bounds_and_its_address(installed):
+    code = (
+        "from helpers import notebooks, places\n"
+        "print(places.repository_folder(), places.missing(), places.tested_versions())\n"
+        "print(len(places.project_table()['dependencies']), notebooks.address())"
+    )
+    done = installed("-c", code)
+    assert done.returncode == 0, done.stderr
+    number = len(places.project_table()["dependencies"]) + 1  # and one of an extra
+    assert done.stdout == f"None [] {{}}\n{number} {notebooks.address()}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["run", "Chapter0"], ["run", "all"], ["sync"], ["lab"]]
+)
+def test_installed_the_commands_say_what_they_lack(installed, command):
+    done = installed("-m", "helpers", *command)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert f"git clone https://github.com/{notebooks.address()}" in done.stderr
 
 
 # ── in step ──────────────────────────────────────────────────────────────────────────────
@@ -159,24 +315,77 @@ def test_sync_repairs_a_cell_and_a_badge_and_keeps_the_outputs(course):
     assert [cell.get("outputs") for cell in repaired.cells] == outputs
 
 
+ADDRESS = re.compile(
+    r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob"
+    r"|https://github\.com/([\w.-]+/[\w.-]+)(?: fine-tuning-course|\\?\")"
+)
+
+
+def addresses(course):
+    """Every file that says where the course lives, with what it says."""
+    paths = [course / "pyproject.toml", *course.glob("*.md"), *course.glob("*.ipynb")]
+    found = {p.name: ADDRESS.findall(p.read_text(encoding="utf-8")) for p in paths}
+    return {name: {a or b for a, b in pairs} for name, pairs in found.items() if pairs}
+
+
 def test_a_fork_takes_one_command_and_another_brings_it_back(course):
-    done = sync(course, "--repository", "someone/else")
+    here = addresses(ROOT)
+    assert len(here) > len(notebooks.written()) + 2
+    assert all(found == {notebooks.address()} for found in here.values()), here
+    before = {name: (course / name).read_bytes() for name in here}
+    done = sync(course, "--repository", "someone/el.se-2")
     assert done.returncode == 0, done.stderr
-    for path in [
-        *course.glob("*.md"),
-        *course.glob("*.ipynb"),
-        *course.glob("helpers/*.py"),
-    ]:
-        assert notebooks.REPOSITORY not in path.read_text(encoding="utf-8"), path.name
-    assert "github.com/someone/else" in (course / "Chapter0.ipynb").read_text()
-    assert (
-        "/github/someone/else/blob/main/Chapter1.ipynb"
-        in (course / "README.md").read_text()
-    )
+    assert addresses(course) == {name: {"someone/el.se-2"} for name in here}
     assert sync(course).stdout == "Everything is in step.\n"
-    sync(course, "--repository", notebooks.REPOSITORY)
-    for name in ["README.md", "Chapter0.ipynb", "helpers/notebooks.py"]:
-        assert (course / name).read_bytes() == (ROOT / name).read_bytes(), name
+    sync(course, "--repository", notebooks.address())
+    assert before == {name: (course / name).read_bytes() for name in here}
+
+
+def test_a_fork_changes_neither_the_library_nor_links_to_others(course):
+    page = "[The book](https://github.com/dvgodoy/FineTuningLLMs) is its author's."
+    (course / "BOOK.md").write_text(page)
+    sync(course, "--repository", "someone/else")
+    assert (course / "BOOK.md").read_text() == page
+    for path in course.rglob("helpers/**/*.py"):
+        assert path.read_bytes() == (ROOT / path.relative_to(course)).read_bytes()
+
+
+def test_the_address_stands_in_one_place():
+    for path in [*ROOT.rglob("helpers/**/*.py"), *ROOT.rglob(".github/**/*.yml")]:
+        text = path.read_text(encoding="utf-8")
+        assert notebooks.address() not in text and "hands-on-fine-tuning" not in text, path
+
+
+def test_a_forks_first_push_puts_its_address_in(course, tmp_path):
+    """The workflow's own commands, in a fresh clone, with nothing but Python and git."""
+    flow = yaml.safe_load((course / ".github/workflows/address.yml").read_text())
+    assert flow["permissions"] == {"contents": "read"}
+    assert set(flow[True]) == {"push", "workflow_dispatch"}, "never for a pull request"
+    commands = [step["run"] for step in flow["jobs"]["address"]["steps"] if "run" in step]
+    fork = bare_repository(course, tmp_path)
+    script = f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n"  # no installed packages
+    programs = executable(tmp_path / "programs", "python", script).parent
+    around = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "GITHUB_REPOSITORY": "someone/else",
+    }
+    around.pop("PYTHONPATH", None)
+    messages = []
+    for number in range(2):
+        clone = tmp_path / f"clone{number}"
+        subprocess.run(["git", "clone", "-q", str(fork), str(clone)], check=True)
+        for command in commands:
+            command = ["bash", "-e", "-c", command]
+            done = subprocess.run(
+                command, cwd=clone, env=around, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        log = ["git", "-C", str(fork), "log", "--format=%s"]
+        messages.append(subprocess.check_output(log, text=True).splitlines())
+    assert messages == [["The course lives at someone/else", "x"]] * 2, "one commit, once"
+    subprocess.run(["git", "-C", str(clone), "diff", "--exit-code"], check=True)
+    assert all(found == {"someone/else"} for found in addresses(clone).values())
 
 
 @pytest.mark.parametrize(
@@ -185,6 +394,135 @@ def test_a_fork_takes_one_command_and_another_brings_it_back(course):
 def test_an_address_of_another_form_is_refused(course, address):
     done = sync(course, "--repository", address)
     assert done.returncode == 1 and "'owner/name'" in done.stderr
+
+
+def bare_repository(tree, folder):
+    """A folder's files as a bare git repository."""
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tree, check=True)
+    bare = folder / f"{tree.name}.git"
+    subprocess.run(["git", "clone", "-q", "--bare", str(tree), str(bare)], check=True)
+    return bare
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The working tree as a bare git repository."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT, folder / "course", ignore=TAKEN_ALONG)
+    return bare_repository(folder / "course", folder)
+
+
+def surroundings(repository, tmp_path, **more):
+    """Environment variables: git brings our copy in place of the address on the net."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return kept | {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
+        "GIT_CONFIG_VALUE_0": f"https://github.com/{notebooks.address()}",
+        "HF_HUB_OFFLINE": "1",
+        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),
+        **more,
+    }
+
+
+# ── among namesakes, and where nothing comes ─────────────────────────────────────────────
+@pytest.fixture
+def cell(repository, tmp_path):
+    """Runs the bootstrap cell in an empty folder as `.at`, with code before and after."""
+    folder = tmp_path / "content"
+    folder.mkdir()
+
+    def run(before="", after="", *, source=repository, **more):
+        code = f"{before}\n{notebooks.bootstrap()}\n{after}"
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env=surroundings(source, tmp_path, **more),
+        )
+
+    run.at = folder
+    return run
+
+
+def sentence(done):
+    """What a cell that stopped says below its traceback: all that a reader needs."""
+    assert done.returncode == 1 and done.stdout == "", done.stdout
+    _, error, text = done.stderr.rpartition("RuntimeError: ")
+    return error + text.strip()
+
+
+WHERE = "import helpers; print(helpers.__file__)"
+
+
+@pytest.mark.parametrize("name", ["helpers.py", "helpers/__init__.py", "helpers/other.py"])
+def test_a_namesake_is_not_taken_for_the_course(cell, name):
+    path = cell.at / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"from pathlib import Path\nPath({str(cell.at)!r}, 'was-run').touch()")
+    done = cell(after=WHERE)
+    assert done.returncode == 0, done.stderr
+    ours = cell.at / "fine-tuning-course" / "helpers" / "__init__.py"
+    assert Path(done.stdout.strip().splitlines()[-1]).samefile(ours)
+    assert not (cell.at / "was-run").exists()
+    again = cell("import helpers")
+    assert re.match(r"RuntimeError: Another `helpers` .*: restart", sentence(again))
+
+
+@pytest.mark.parametrize(
+    "name", ["helper_functions.py", "helpers.py", "helpers/__init__.py"]
+)
+def test_a_repository_without_the_course_is_never_run(cell, repository, tmp_path, name):
+    tree = tmp_path / "other"
+    (tree / name).parent.mkdir(parents=True)
+    (tree / name).write_text(
+        f"from pathlib import Path\nPath({str(tmp_path)!r}, 'run').touch()"
+    )
+    (tree / "Chapter0.ipynb").write_text("{}")
+    said = sentence(cell(source=bare_repository(tree, tmp_path)))
+    assert said == (
+        f"RuntimeError: https://github.com/{notebooks.address()} did not bring the course, "
+        "nothing was run: it holds something else"
+    )
+    assert not (tmp_path / "run").exists() and list(cell.at.iterdir()) == []
+    assert cell(source=repository).returncode == 0, "and then it is simply run again"
+
+
+def test_a_clone_that_fails_is_said_and_leaves_nothing(cell, tmp_path):
+    (cell.at / "fine-tuning-course.part").mkdir()  # of a kernel that was killed
+    (cell.at / "fine-tuning-course.part" / "half").touch()
+    said = sentence(cell(source=tmp_path / "nowhere.git"))
+    assert f"https://github.com/{notebooks.address()} did not bring the course" in said
+    assert "nowhere.git" in said and list(cell.at.iterdir()) == []
+    assert cell().returncode == 0
+
+
+def test_a_missing_git_is_said(cell, tmp_path):
+    said = sentence(cell(PATH=str(executable(tmp_path / "bin", "x", "").parent)))
+    assert f"https://github.com/{notebooks.address()} did not bring" in said
+    assert "git: not found" in said or "git: command not found" in said
+
+
+def test_a_folder_of_that_name_is_not_overwritten(cell):
+    (cell.at / "fine-tuning-course").mkdir()
+    (cell.at / "fine-tuning-course" / "mine").touch()
+    assert "fine-tuning-course is something else here, rename it" in sentence(cell())
+    assert (cell.at / "fine-tuning-course" / "mine").exists()
+
+
+def test_an_old_python_is_refused_before_anything_else(cell):
+    said = sentence(cell("import sys\nsys.version_info = (3, 10, 12)", PATH="/nowhere"))
+    assert "needs Python 3.11 or newer" in said and list(cell.at.iterdir()) == []
+    bound = ".".join(map(str, places.OLDEST_PYTHON))
+    assert f"Python {bound} or newer" in said
+    assert places.project_table()["requires-python"] == f">={bound}"
+
+
+def test_the_cell_fits_a_narrow_page():
+    assert all(len(line) <= 80 for line in notebooks.bootstrap().splitlines())
 
 
 # ── in an emulated Colab and on an emulated pod ──────────────────────────────────────────
@@ -215,20 +553,6 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    """The working tree as a bare git repository."""
-    folder = tmp_path_factory.mktemp("repository")
-    tree = folder / "tree"
-    shutil.copytree(ROOT, tree, ignore=TAKEN_ALONG)
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "x"]):
-        subprocess.run(["git", *command], cwd=tree, check=True)
-    bare = folder / "course.git"
-    subprocess.run(["git", "clone", "-q", "--bare", str(tree), str(bare)], check=True)
-    return bare
-
-
-@pytest.fixture(scope="module")
 def colab(tmp_path_factory):
     """Colab's versions in a fresh environment, with a stub of its own package."""
     folder = tmp_path_factory.mktemp("colab") / "environment"
@@ -253,19 +577,6 @@ def versions(python):
     )
     done = subprocess.run([python, "-c", code, *WATCHED], capture_output=True, text=True)
     return json.loads(done.stdout)
-
-
-def surroundings(repository, tmp_path, **more):
-    """Environment variables: git brings our copy in place of the address on the net."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return kept | {
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
-        "GIT_CONFIG_VALUE_0": f"https://github.com/{notebooks.REPOSITORY}",
-        "HF_HUB_OFFLINE": "1",
-        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),
-        **more,
-    }
 
 
 @pytest.mark.environments

@@ -24,7 +24,7 @@ CONVERSATION = [
 
 @functools.cache
 def _embedded():
-    return chat.prepare_tokenizer(models.load_tokenizer())
+    return chat.prepare_tokenizer(models.load_tokenizer(models.EMBEDDED))
 
 
 def fresh(template=None):
@@ -191,7 +191,7 @@ def test_every_situation_ends_well_and_twice_equals_once(situation, tied):
 
 
 def test_the_embedded_tokenizer_gets_a_spare_token_and_keeps_its_vocabulary():
-    tokenizer = models.load_tokenizer()
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     rows = len(tokenizer)
     chat.prepare_tokenizer(tokenizer)
@@ -352,7 +352,7 @@ def test_a_prompt_is_a_prefix_of_its_conversation(system):
 
 
 def test_our_template_renders_what_the_model_was_made_with():
-    tokenizer = models.load_tokenizer()
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
     own = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
     assert tokenizer.apply_chat_template(
         own, tokenize=False
@@ -461,7 +461,7 @@ def test_shipped_templates_right_and_broken(path, with_specials):
 
 
 def test_the_models_own_unmarked_template_is_read_by_its_structure():
-    own = models.load_tokenizer()
+    own = models.load_tokenizer(models.EMBEDDED)
     ours = fresh()
     messages = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
     ids, mask = encode(ours, messages)

@@ -1,18 +1,33 @@
 """The doctor: real errors are recognized, unknown ones left alone, the page is in step."""
 
+import ctypes
 import errno
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import traceback
+from importlib import resources
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 
-from helpers import chat, data, doctor, gguf, models, notebooks, places, runtime, serving
+from helpers import (
+    chat,
+    data,
+    doctor,
+    gguf,
+    llamacpp,
+    models,
+    notebooks,
+    places,
+    runtime,
+    serving,
+)
 from helpers.symptoms import SYMPTOMS
 
 NAMES = {symptom.name: symptom for symptom in SYMPTOMS}
@@ -203,6 +218,31 @@ def _(world):
     import flash_attn  # noqa: F401
 
 
+@provokes("bitsandbytes_library")
+def _(world):
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
+
+    try:
+        ctypes.CDLL("libnvJitLink.so.999")
+    except OSError as error:  # bitsandbytes keeps it until its first call
+        ErrorHandlerMockBNBNativeLibrary(str(error)).cdequantize_blockwise_fp16_nf4()
+
+
+@provokes("bitsandbytes_build")
+def _(world):
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
+
+    message = "No compatible CUDA binary found at libbitsandbytes_cuda999.so"
+    ErrorHandlerMockBNBNativeLibrary(message).cdequantize_blockwise_fp16_nf4()
+
+
+@provokes("bitsandbytes_build")
+def _(world):
+    from bitsandbytes.cextension import BNBNativeLibrary
+
+    BNBNativeLibrary(ctypes.CDLL(None)).cadam_8bit_blockwise_grad_fp32()
+
+
 @provokes("hub_unreachable")
 def _(world):
     from transformers import AutoConfig
@@ -288,11 +328,8 @@ def _(world):
 @provokes("roles")
 def _(world):
     tokenizer = models.load_tokenizer(models.EMBEDDED)
-    tokenizer.chat_template = (  # as Mistral's and Gemma's say it
-        "{% if messages[0].role != 'user' %}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}"
-        "{% endif %}"
-    )
+    gemma = resources.files("trl") / "chat_templates" / "gemma.jinja"
+    tokenizer.chat_template = gemma.read_text("utf-8")
     tokenizer.apply_chat_template([{"role": "assistant", "content": "Hello"}])
 
 
@@ -341,6 +378,24 @@ def _(world):
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(weight.sum()).backward()
     scaler.unscale_(optimizer)
+
+
+@provokes("two_devices")
+def _(world):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():  # a card that need not be there
+        ids, embedding = torch.tensor([1]), torch.zeros(4, 4, device="cuda:0")
+        torch.nn.functional.embedding(ids, embedding)
+
+
+@provokes("data_parallel")
+def _(world):
+    from trl import SFTConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SFTConfig, "n_gpu", 2)
+        world.trainer()
 
 
 @provokes("cpu_memory")
@@ -415,6 +470,37 @@ def _(world):
     serving.ollama_chat("yoda", [], address=f"127.0.0.1:{port}")
 
 
+def dies_by(name):
+    """A llama.cpp of which only --version works: everything else is killed by a signal."""
+
+    def provoke(world):
+        folder = world.path(f"dies-by-{name}")
+        folder.mkdir()
+        for program in llamacpp.PROGRAMS:
+            answer = "[ $1 = --version ] && echo 'version: 9999 (abc)' && exit"
+            (folder / program).write_text(f"#!/bin/sh\n{answer}\nkill -{name} $$\n")
+            (folder / program).chmod(0o755)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(llamacpp.VARIABLE, str(folder))
+            llamacpp.options("llama-server")
+
+    return pytest.mark.skipif(os.name == "nt", reason="Windows has no signals")(provoke)
+
+
+provokes("illegal_instruction")(dies_by("ILL"))
+provokes("llamacpp_crash")(dies_by("SEGV"))
+provokes("llamacpp_crash")(dies_by("ABRT"))
+provokes("killed")(dies_by("KILL"))
+
+
+@provokes("killed")
+def _(world):
+    from nbclient import NotebookClient
+
+    cell = nbformat.v4.new_code_cell("import os, signal\nos.kill(os.getpid(), 9)")
+    NotebookClient(nbformat.v4.new_notebook(cells=[cell])).execute()
+
+
 @provokes("module_missing")
 def _(world):
     code = "import trl"  # an interpreter without the environment's packages
@@ -426,13 +512,21 @@ def _(world):
 
 @provokes("restart_needed")
 def _(world):
-    raise places.RestartNeeded("Installed. This kernel had already loaded …")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "POD_VOLUME", world.folder)
+        patch.setenv("PIP_CACHE_DIR", "as it was")
+        patch.delenv("HF_HOME", raising=False)
+        places.use_volume()
 
 
-CASES = [(name, function) for name, found in PROVOKED.items() for function in found]
+CASES = [
+    pytest.param(name, function, marks=getattr(function, "pytestmark", ()), id=name)
+    for name, found in PROVOKED.items()
+    for function in found
+]
 
 
-@pytest.mark.parametrize(("name", "provoke"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(("name", "provoke"), CASES)
 def test_the_real_error_is_recognized(name, provoke, world):
     try:
         text = provoke(world)
@@ -472,12 +566,118 @@ READ = [
         "numpy_binary",
         "ValueError: numpy.dtype size changed, may indicate binary incompatibility",
     ),
+    ("flash_float32", "RuntimeError: FlashAttention only support fp16 and bf16 data type"),
+    (
+        "flash_build",
+        "ImportError: /venv/flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined "
+        "symbol: _ZN3c105ErrorC2ENS_14SourceLocationENSt7__cxx1112basic_string",
+    ),
+    (
+        "bf16_kernel",
+        "RuntimeError: Internal Triton PTX codegen error:\n"
+        "ptxas /tmp/compile-ptx-src, line 77; error   : Feature 'cvt with .f32.bf16' "
+        "requires .target sm_80 or higher",
+    ),
+    (
+        "duplicate_gpu",
+        "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1691, "
+        "invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.19.3\n"
+        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+        "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+    ),
+    (
+        "no_kernel_image",
+        "torch.AcceleratorError: CUDA error: no kernel image is available for execution on "
+        "the device",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "text"), READ)
 def test_messages_that_were_only_read_are_recognized(name, text):
     assert not NAMES[name].provoked
+    assert doctor.explain(text).name == name
+    ranked = "".join(f"[rank0]: {line}\n" for line in ["Traceback", *text.splitlines()])
+    assert doctor.explain(ranked).name == name, "as torchrun's processes write it"
+
+
+# Longer messages, of which more than one entry knows a part; and what only texts hold.
+MORE = [
+    (
+        "two_devices",
+        "RuntimeError: Expected all tensors to be on the same device, but got index is on "
+        "cpu, different from other tensors on cuda:0 (when checking argument in method "
+        "wrapper_CUDA__index_select)",
+    ),
+    ("flash_attention", "RuntimeError: FlashAttention only supports Ampere GPUs or newer."),
+    (
+        "flash_attention",
+        "ImportError: FlashAttention2 has been toggled on, but it cannot be used due to "
+        "the following error: FlashAttention2 is not available on CPU.",
+    ),
+    (
+        "flash_attention",
+        "ValueError: You are attempting to use Flash Attention 2 with a model not "
+        "initialized on GPU and with no GPU available.",
+    ),
+    (
+        "killed",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+        "train.py FAILED\n  exitcode  : -9 (pid: 4242)\n"
+        "  traceback : Signal 9 (SIGKILL) received by PID 4242",
+    ),
+    (
+        "killed",
+        "helpers.notebooks.NotebookError: Chapter5.ipynb, code cell 12: the kernel died",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), MORE)
+def test_another_wording_is_recognized_too(name, text):
+    assert doctor.explain(text).name == name
+
+
+BARE = [
+    (
+        "two_devices",
+        "Expected all tensors to be on the same device, but found at least two",
+    ),
+    ("two_devices", "why are my tensors on cuda:0 and cpu?"),
+    (
+        "data_parallel",
+        "SFTTrainer does not support `nn.DataParallel`, which `Trainer` uses",
+    ),
+    ("flash_float32", "FlashAttention only support fp16 and bf16 data type"),
+    ("flash_build", "flash_attn_2_cuda.cpython-311.so: undefined symbol: _ZN3c104cuda"),
+    ("duplicate_gpu", "NCCL WARN Duplicate GPU detected : rank 1 and rank 0 both on CUDA"),
+    (
+        "no_kernel_image",
+        "CUDA error: no kernel image is available for execution on the device",
+    ),
+    ("bitsandbytes_library", "CUDA SETUP ERROR: Missing dependency: libnvJitLink.so.13"),
+    (
+        "bitsandbytes_build",
+        "bitsandbytes native library functionality but it's not available.",
+    ),
+    ("bf16_kernel", "Feature '.bf16' requires .target sm_80 or higher"),
+    ("illegal_instruction", "llama-server was killed by SIGILL"),
+    ("illegal_instruction", "Illegal instruction (core dumped)"),
+    ("llamacpp_crash", "llama-perplexity was killed by SIGBUS"),
+    ("killed", "llama-server was killed by SIGKILL"),
+    ("killed", "Kernel died"),
+    ("killed", "my session crashed after using all available RAM"),
+    ("killed", "the kernel keeps crashing"),
+    ("cuda_memory", "CUDA out of memory"),
+    (
+        "hub_unreachable",
+        "We couldn't connect to 'https://huggingface.co' to load the files",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), BARE)
+def test_a_message_without_its_exception_is_recognized(name, text):
     assert doctor.explain(text).name == name
 
 
@@ -522,6 +722,24 @@ def assert_false():
     raise AssertionError("expected 3 tokens")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "what is the difference between cuda and cpu?",
+        "how do I restart the kernel?",
+        "which devices do you support?",
+        "can I use two GPUs?",
+        "bitsandbytes is slow",
+        "flash attention",
+        "RuntimeError: CUDA error: invalid argument",
+        "RuntimeError: llama-server ended with status 1",
+        "ImportError: libfoo.so.3: cannot open shared object file",
+    ],
+)
+def test_what_only_sounds_alike_is_unknown(text):
+    assert doctor.explain(text).name == "unknown"
+
+
 @pytest.mark.parametrize("fail", list(unrelated()))
 def test_an_unrelated_error_is_unknown_and_gets_a_next_step(fail):
     with pytest.raises(Exception) as caught:
@@ -562,7 +780,16 @@ def test_an_explanation_shows_itself():
 
 
 # ── the machine ──────────────────────────────────────────────────────────────────────────
-def test_the_report_of_this_machine():
+@pytest.fixture
+def any_machine(monkeypatch):
+    """What this machine has or lacks must not decide: a full disk, an own llama.cpp."""
+    usage = shutil.disk_usage(os.curdir)._replace(free=50 * doctor.GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.delenv(llamacpp.VARIABLE, raising=False)
+    monkeypatch.setattr(llamacpp, "trouble", lambda: None)
+
+
+def test_the_report_of_this_machine(any_machine):
     found = doctor.report()
     assert not found.failed, str(found)
     abouts = [finding.about for finding in found.findings]
@@ -579,6 +806,108 @@ def test_a_look_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
     assert "ZeroDivisionError" in str(found) and "[WARN]" in str(found)
 
 
+def test_a_full_disk_fails_and_an_empty_one_does_not(monkeypatch):
+    for free, level in ((1, doctor.FAIL), (5, doctor.WARN), (50, doctor.OK)):
+        usage = SimpleNamespace(free=free * doctor.GIB)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert doctor._disk()[0] == level
+
+
+def with_cards(monkeypatch, *names, capability=(8, 0)):
+    """A torch that sees these cards, of 16 GiB each."""
+    cards = [SimpleNamespace(name=name, total_memory=16 * doctor.GIB) for name in names]
+    for function, answer in {
+        "is_available": lambda: bool(cards),
+        "device_count": lambda: len(cards),
+        "current_device": lambda: 0,
+        "get_device_properties": lambda number=0: cards[number],
+        "get_device_capability": lambda device=None: capability,
+        "is_bf16_supported": lambda including_emulation=True: (
+            including_emulation or capability >= (8, 0)
+        ),
+    }.items():
+        monkeypatch.setattr(torch.cuda, function, answer)
+
+
+def test_of_several_cards_the_one_that_is_used_is_named(monkeypatch):
+    with_cards(monkeypatch, "L4")
+    level, text = doctor._accelerator()
+    assert (level, "L4, 16.0 GiB" in text) == (doctor.OK, True)
+    assert "CUDA_VISIBLE_DEVICES" not in text
+    with_cards(monkeypatch, "Tesla T4", "Tesla P4")
+    level, text = doctor._accelerator()
+    assert level == doctor.WARN, "TRL refuses two"
+    assert "cuda:0 Tesla T4, 16.0 GiB; cuda:1 Tesla P4" in text
+    assert "Used is cuda:0" in text and "CUDA_VISIBLE_DEVICES=0" in text
+
+
+def test_the_data_type_comes_with_its_reason(monkeypatch):
+    monkeypatch.delenv("HELPERS_DTYPE", raising=False)
+    with_cards(monkeypatch)
+    monkeypatch.setattr(runtime, "native_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(runtime, "native_dtype_reason", lambda device: f"as on a {device}")
+    assert doctor._data_types() == (doctor.OK, "float32 (as on a cpu)")
+    monkeypatch.undo()
+    monkeypatch.delenv("HELPERS_DTYPE", raising=False)
+    with_cards(monkeypatch, "L4")
+    assert doctor._data_types() == (doctor.OK, "bfloat16 (native on this card)")
+    with_cards(monkeypatch, "Tesla T4", capability=(7, 5))
+    level, text = doctor._data_types()
+    assert level == doctor.WARN and text.startswith("float16 (") and "fp16=True" in text
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """Put a flash_attn of one line of code on the path."""
+
+    def install(folder, code):
+        (folder / "flash_attn.py").write_text(code)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+
+    yield install
+    sys.modules.pop("flash_attn", None)
+
+
+def test_a_flash_attention_that_cannot_work_here_is_a_warning(
+    monkeypatch, tmp_path, flash_attn
+):
+    with_cards(monkeypatch)
+    assert doctor._attention()[0] == doctor.OK, "not installed, not missed"
+    flash_attn(tmp_path, "")
+    level, text = doctor._attention()
+    assert level == doctor.WARN and "needs a CUDA card" in text and "uninstall" in text
+    with_cards(monkeypatch, "Tesla T4", capability=(7, 5))
+    level, text = doctor._attention()
+    assert level == doctor.WARN and "7.5" in text
+    with_cards(monkeypatch, "L4")
+    level, text = doctor._attention()
+    assert level == doctor.OK and "16-bit" in text and "flash_attention_2" in text
+    flash_attn(tmp_path, "raise ImportError('undefined symbol: _ZN3c10')")
+    level, text = doctor._attention()
+    assert level == doctor.WARN and "undefined symbol: _ZN3c10" in text
+
+
+def test_memory_is_what_this_process_may_still_take(monkeypatch):
+    monkeypatch.setattr(runtime, "_memory_bytes", lambda device: 12 * doctor.GIB)
+    for free, level in ((3, doctor.WARN), (9, doctor.OK)):
+        monkeypatch.setattr(
+            runtime, "available_memory_bytes", lambda free=free: free * doctor.GIB
+        )
+        found, text = doctor._memory()
+        assert found == level and f"{free}.0 of 12.0 GiB" in text
+
+
+def test_a_llama_cpp_that_needs_help_says_so(monkeypatch):
+    monkeypatch.setattr(llamacpp, "find", lambda name: "llama-server")
+    monkeypatch.setattr(llamacpp, "version", lambda program: "version: 9999 (abc)")
+    monkeypatch.setattr(llamacpp, "trouble", lambda: None)
+    assert doctor._llamacpp() == (doctor.OK, "version: 9999 (abc)")
+    monkeypatch.setattr(llamacpp, "trouble", lambda: "started with --no-repack.")
+    level, text = doctor._llamacpp()
+    assert level == doctor.WARN and "9999" in text and "--no-repack" in text
+
+
 def test_other_versions_than_the_tested_ones_are_a_warning(monkeypatch):
     torch_here = runtime.package_version("torch").split("+")[0]
     tested = places.tested_versions() | {"trl": "0.12.0", "torch": torch_here}
@@ -588,7 +917,7 @@ def test_other_versions_than_the_tested_ones_are_a_warning(monkeypatch):
     assert "torch" not in text, "the build's name after the plus does not count"
 
 
-def test_the_command(monkeypatch, capsys):
+def test_the_command(monkeypatch, capsys, any_machine):
     from helpers.__main__ import main
 
     assert main(["doctor", "RuntimeError: size mismatch for lora_A"]) == 0

@@ -2,13 +2,19 @@
 
 import errno
 import hashlib
+import importlib.util
+import io
 import os
+import subprocess
+import sys
+import tarfile
+import venv
 import zipfile
 
 import pytest
 from tqdm import tqdm
 
-from helpers import downloads
+from helpers import downloads, notebooks
 
 NAME = "tiny_course_probe-1.0-py3-none-any.whl"
 REQUIREMENT = "tiny-course-probe==1.0"
@@ -69,6 +75,86 @@ def test_a_damaged_file_is_refused_after_a_second_try(index, tmp_path, monkeypat
     with pytest.raises(OSError, match=r"damaged or has been tampered with.*Try again"):
         fetch(index, tmp_path / "download", checksum="0" * 64)
     assert tries == [[], ["--no-cache-dir"]]
+
+
+# The build backend of a source distribution that leaves a mark when it is run.
+BACKEND = """\
+from pathlib import Path
+
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    Path({mark!r}).touch()
+    info = Path(folder, "tiny_course_probe-1.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text({about!r})
+    return info.name
+"""
+PROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+
+
+@pytest.mark.parametrize("tampered", [True, False])
+def test_nothing_of_a_tampered_source_is_run(index, tmp_path, tampered):
+    (index / NAME).unlink()
+    sdist, mark = index / "tiny_course_probe-1.0.tar.gz", tmp_path / "was-run"
+    about = "Metadata-Version: 2.1\nName: tiny-course-probe\nVersion: 1.0\n"
+    files = {
+        "PKG-INFO": about,
+        "pyproject.toml": PROJECT,
+        "backend.py": BACKEND.format(mark=str(mark), about=about),
+    }
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"tiny_course_probe-1.0/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    checksum = "0" * 64 if tampered else downloads.sha256(sdist)
+    progress = tqdm(total=sdist.stat().st_size, disable=True)
+    wanted = (REQUIREMENT, checksum, tmp_path / "download", progress)
+    if tampered:
+        with pytest.raises(OSError, match="tampered") as error:
+            downloads.fetch(*wanted, source=True)
+        assert downloads.sha256(sdist)[:16] in str(error.value), "what it found is said"
+    else:
+        path = downloads.fetch(*wanted, source=True)
+        assert path.read_bytes() == sdist.read_bytes()
+    assert mark.exists() != tampered
+
+
+# ── environments without pip ─────────────────────────────────────────────────────────────
+FETCH = """\
+import sys
+from pathlib import Path
+from helpers import downloads
+
+class Bar:
+    total, n = 1, 0
+    reset = update = lambda *_: None
+
+print(downloads.fetch(*sys.argv[1:3], Path(sys.argv[3]), Bar()))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ensurepip"), reason="has no ensurepip")
+def test_a_file_arrives_where_pip_is_not_installed(index, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=os.name != "nt")
+    folder = "Scripts" if os.name == "nt" else "bin"
+    python = str(tmp_path / "bare" / folder / "python")
+    assert subprocess.run([python, "-m", "pip"], capture_output=True).returncode == 1
+    checksum = downloads.sha256(index / NAME)
+    done = subprocess.run(
+        [python, "-c", FETCH, REQUIREMENT, checksum, str(tmp_path / "download")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(notebooks.root())},
+    )
+    assert done.returncode == 0, done.stderr
+    assert downloads.sha256(done.stdout.strip()) == checksum
+
+
+def test_no_pip_at_all_names_the_cure(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match="has no pip") as error:
+        fetch(index, tmp_path / "download")
+    assert sys.executable in str(error.value) and "uv pip install pip" in str(error.value)
 
 
 def test_what_is_not_there_is_said_with_pips_words(index, tmp_path):

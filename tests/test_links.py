@@ -81,7 +81,7 @@ def remote(parts):
     if parts.scheme != "https" or "." not in parts.netloc or " " in parts.path:
         return f"{parts.geturl()}: should be https and well-formed"
     match = re.fullmatch(
-        rf"/github/{notebooks.REPOSITORY}/blob/main/(\w+)\.ipynb", parts.path
+        rf"/github/{notebooks.address()}/blob/main/(\w+)\.ipynb", parts.path
     )
     is_badge = parts.netloc == "colab.research.google.com" and parts.path.startswith(
         "/github"
@@ -98,7 +98,7 @@ def test_the_checks_notice_what_is_wrong():
     assert "no notebook" in problem(
         "README.md",
         "https://colab.research.google.com/github/"
-        f"{notebooks.REPOSITORY}/blob/main/Chapter99.ipynb",
+        f"{notebooks.address()}/blob/main/Chapter99.ipynb",
     )
     assert problem("README.md", "Chapter0.ipynb#8-train") == ""
     assert problem("README.md", "#quick-start") == ""

@@ -126,6 +126,25 @@ def test_the_variable_names_a_folder(cache, tmp_path, monkeypatch, inside):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_a_quantizer_that_says_no_version_is_as_old_as_the_programs_beside_it(
+    cache, tmp_path, monkeypatch
+):
+    """The real llama-quantize answers `--version` with its usage."""
+    folder = program(tmp_path / "mine", 6100).parent
+    quantizer = folder / "llama-quantize"
+    quantizer.write_text("#!/bin/sh\necho usage: llama-quantize; exit 1\n")
+    quantizer.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: str(folder / name))
+    assert llamacpp.find("llama-quantize") == quantizer
+    monkeypatch.setenv(llamacpp.VARIABLE, str(folder))
+    assert llamacpp.binary("llama-quantize") == quantizer
+    llamacpp.version.cache_clear()
+    program(folder, 4000)
+    with pytest.raises(ValueError, match="says 'version: 4000"):
+        llamacpp.binary("llama-quantize")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
 def test_an_old_one_in_the_variable_is_an_error_and_on_the_path_is_passed_over(
     cache, tmp_path, monkeypatch
 ):
@@ -191,7 +210,7 @@ def stand_in(folder, does):
     ("does", "options", "words"),
     [
         ("exit 0", [], ""),
-        (NEEDS_PLAIN, ["--no-repack"], r"killed by SIGILL .*started with --no-repack"),
+        (NEEDS_PLAIN, ["--no-repack"], r"killed by SIGILL: .*started with --no-repack"),
         (SIGILL, None, r"does not compute on this machine: it was killed by SIGILL"),
         ("echo no such file; exit 3", None, r"ended with status 3: no such file"),
     ],
@@ -241,8 +260,8 @@ def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
     [
         (0, "ended with status 0"),
         (7, "ended with status 7"),
-        (-signal.SIGILL, r"killed by SIGILL \(it uses an instruction"),
-        (-signal.SIGKILL, r"killed by SIGKILL \(most likely because memory ran out"),
+        (-signal.SIGILL, "killed by SIGILL: it uses an instruction"),
+        (-signal.SIGKILL, "killed by SIGKILL: most likely because memory ran out"),
         (-signal.SIGSEGV, "killed by SIGSEGV"),
         (-signal.SIGTERM, r"killed by SIGTERM$"),
     ],

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import models, runtime
+from helpers import llamacpp, models, runtime
 
 ROOT = Path(models.__file__).parent.parent
 MAKE = "from helpers import models; print(models.embedded_folder())"
@@ -89,12 +90,53 @@ def test_an_unknown_name_lists_the_catalogue(load):
 
 def test_unknown_settings_name_what_would_work():
     with pytest.raises(ValueError, match="'int8', 'fp4', 'nf4'"):
-        models.load_model(quantization="int3")
+        models.load_model(models.EMBEDDED, quantization="int3")
     with pytest.raises(ValueError, match="quantization"):
         models.quantization_config("int3", torch.float32)
     for dtype in ("float33", "int8", 16):
         with pytest.raises(ValueError, match="'float32' or 'bfloat16'"):
             models.load_model(models.EMBEDDED, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "words"),
+    [
+        (
+            "float32",
+            "cuda",
+            r"has kernels for dtype='float16' and 'bfloat16' only.*'float32'",
+        ),
+        ("bfloat16", "cpu", r"needs device='cuda', not 'cpu'"),
+        ("bfloat16", "cuda", r"the kernel is missing\. Use attention='sdpa'"),
+    ],
+)
+def test_flash_attention_is_refused_where_the_kernel_would_fail(
+    monkeypatch, dtype, device, words
+):
+    monkeypatch.setattr(runtime, "flash_attention_problem", lambda: "the kernel is missing")
+    with pytest.raises(ValueError, match=words):
+        models.load_model(
+            models.EMBEDDED, dtype=dtype, device=device, attention="flash_attention_2"
+        )
+
+
+def test_an_installed_flash_attn_changes_nothing_unless_asked_for(monkeypatch, tmp_path):
+    """Appendix A tells readers to install it; float32 and CPU models must go on loading."""
+    (tmp_path / "flash_attn.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    card = types.SimpleNamespace(total_memory=24 * 2**30, major=8, minor=9)
+    for name, answer in (
+        ("is_available", True),
+        ("get_device_name", "a card that is not there"),
+        ("get_device_properties", card),
+        ("get_device_capability", (8, 9)),
+        ("is_bf16_supported", True),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    here = runtime.detect()
+    assert here.attention == "sdpa"
+    model = models.load_model(models.EMBEDDED, dtype="float32", device="cpu")
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.skipif(runtime.hub_reachable(), reason="needs a machine without the Hub")
@@ -105,16 +147,21 @@ def test_a_hub_model_without_the_hub_names_the_way_out():
 
 def test_the_default_is_the_book_s_model_only_with_gpu_and_hub(monkeypatch):
     here = runtime.detect()
+    monkeypatch.setattr(llamacpp, "uses_card", lambda: False)
     for profile, offline, chapter, expected in [
         ("cpu", False, 0, models.EMBEDDED),
         ("gpu", True, 0, models.EMBEDDED),
         ("gpu", False, 0, "phi-3-mini"),
         ("gpu", False, 2, "opt-350m"),
         ("gpu", False, None, "phi-3-mini"),
+        ("gpu", False, 6, models.EMBEDDED),
     ]:
         made = runtime.Runtime(**{**vars(here), "profile": profile, "offline": offline})
         monkeypatch.setattr(runtime, "detect", lambda made=made: made)
         assert models.default_model(chapter) == expected
+    # Chapter 6 serves the book's model only with a llama.cpp that computes on the card.
+    monkeypatch.setattr(llamacpp, "uses_card", lambda: True)
+    assert models.default_model(6) == "phi-3-mini"
 
 
 # ── the cache ────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from helpers import notebooks
+from helpers.__main__ import main
 
 ROOT = notebooks.root()
 WRITTEN = notebooks.written()
@@ -83,6 +84,24 @@ def test_a_failing_cell_is_named_with_its_source(tmp_path, monkeypatch):
     assert "undefined_name + x" in message and "NameError" in message
 
 
+@pytest.mark.parametrize(
+    "source", ["import os; os._exit(9)", "import time; time.sleep(99)"]
+)
+def test_a_killed_kernel_and_an_endless_cell_are_one_sentence(
+    tmp_path, monkeypatch, capsys, source
+):
+    make(tmp_path, monkeypatch, "", "print('before')", source)
+    monkeypatch.setattr(notebooks, "CELL_SECONDS", 2)
+    assert main(["run", "Chapter0"]) == 1
+    err = capsys.readouterr().err
+    said = err.strip().splitlines()[-1]
+    assert said.startswith("Chapter0.ipynb: code cell 3 of 3 ") and "Traceback" not in err
+    assert ("memory ran out" in said) == ("_exit" in source)
+    assert ("ran for 2 seconds and was stopped" in said) == ("sleep" in source)
+    executed = nbformat.read(tmp_path / "outputs/chapter0/Chapter0.ipynb", as_version=4)
+    assert executed.cells[1].outputs[0].text == "before\n", "what had run is kept"
+
+
 def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
     path = make(
         tmp_path, monkeypatch, "raise ValueError('see?')", tags={0: ["raises-exception"]}
@@ -97,6 +116,14 @@ def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
         ("import sys; print('careful', file=sys.stderr)", "stderr"),
         ("import os; print(os.path.expanduser('~/x'), '/home/me/x')", "absolute path"),
         ("print('10%|\u2588\u2588 1.2it/s]')", "debris"),
+        ("print('10%|\u2588\u2588  |')", "debris"),
+        (r"print(r'C:\Users\me\x.txt')", "absolute path"),
+        (r"print(repr(r'D:\Users\me'))", "absolute path"),
+        (
+            r"from IPython.display import JSON; JSON({'in': r'C:\Users\me'})",
+            "absolute path",
+        ),
+        ("from IPython.display import SVG; SVG('<svg><!--/home/me/x--></svg>')", "path"),
     ],
 )
 def test_what_trips_readers_is_not_stored(tmp_path, monkeypatch, source, complaint):
@@ -105,6 +132,14 @@ def test_what_trips_readers_is_not_stored(tmp_path, monkeypatch, source, complai
     with pytest.raises(ValueError, match=complaint):
         notebooks.run("Chapter0", write=True, progress=False)
     assert path.read_bytes() == before
+
+
+def test_pictures_are_not_searched_for_words():
+    picture = {"image/png": "iVBOR/home/it/s]", "text/plain": "<Figure>"}
+    inline = {"text/html": "<img src='data:image/png;base64,iVBOR/home/w+A=='>"}
+    outputs = [nbformat.v4.new_output("display_data", data) for data in (picture, inline)]
+    cell = nbformat.v4.new_code_cell("1", outputs=outputs, execution_count=1)
+    assert notebooks.complaints(nbformat.v4.new_notebook(cells=[cell])) == []
 
 
 def test_cleaning_keeps_the_still_picture_of_an_explorer(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -118,6 +119,50 @@ def test_client_speaks_ollamas_rest_dialect(recorder, monkeypatch):
     assert asked == [("/api/chat", payload | {"options": {"temperature": 0}})]
     with pytest.raises(ConnectionError, match="not found"):
         serving.ollama_chat("vader", messages)
+
+
+# What Ollama's Python client makes of them (its _parse_host). Beyond it: a place to listen
+# on is called at its loopback; an IPv6 address without brackets and quotes are understood.
+FORMS = {
+    "": "http://127.0.0.1:11434",
+    "127.0.0.1": "http://127.0.0.1:11434",
+    "0.0.0.0": "http://127.0.0.1:11434",
+    "0.0.0.0:11500": "http://127.0.0.1:11500",
+    ":11500": "http://127.0.0.1:11500",
+    "example.com": "http://example.com:11434",
+    "example.com:56789/path/": "http://example.com:56789/path",
+    "http://example.com": "http://example.com:80",
+    "http://0.0.0.0:11434": "http://127.0.0.1:11434",
+    "https://example.com": "https://example.com:443",
+    "HTTPS://Example.com/": "https://example.com:443",
+    "::1": "http://[::1]:11434",
+    "[::]:11500": "http://[::1]:11500",
+    "[2001:db8::1]/path": "http://[2001:db8::1]:11434/path",
+    "https://[2001:db8::1]:56789": "https://[2001:db8::1]:56789",
+    ' "localhost:11434"\n': "http://localhost:11434",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_address_is_read_as_ollamas_client_reads_it(form, monkeypatch):
+    asked = []
+
+    def refuse(opener, request, timeout):
+        asked.append(request.full_url)
+        raise OSError("nobody")
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", refuse)
+    monkeypatch.setenv("OLLAMA_HOST", form)
+    with pytest.raises(ConnectionError, match="nobody"):
+        serving.ollama_chat("yoda", [])
+    assert asked == [f"{FORMS[form]}/api/chat"]
+
+
+@pytest.mark.parametrize("form", ["host:port", "host:99999", "ftp://host", "[::1"])
+def test_an_address_of_no_form_is_named(form):
+    with pytest.raises(ValueError, match="OLLAMA_HOST") as error:
+        serving.ollama_chat("yoda", [], address=form)
+    assert repr(form) in str(error.value)
 
 
 def test_client_says_how_to_get_ollama():

@@ -1,5 +1,6 @@
 """llama.cpp's server: started, asked, always stopped; clear words for what goes wrong."""
 
+import contextlib
 import gzip
 import http.client
 import json
@@ -130,6 +131,64 @@ def test_a_client_that_hangs_up_does_not_stop_it(tiny):
         assert server.complete("Once", max_tokens=3) is not None
 
 
+# ── safe ─────────────────────────────────────────────────────────────────────────────────
+def test_nobody_asks_without_the_key_and_no_page_from_elsewhere(tiny):
+    with serving.LlamaServer(tiny) as server, serving.LlamaServer(tiny) as other:
+        assert server.key != other.key and len(server.key) > 20
+        for headers in ({}, {"Authorization": f"Bearer {other.key}"}):
+            client = http.client.HTTPConnection(serving.HOST, server.port, timeout=10)
+            client.request("GET", "/v1/models", headers=headers)
+            assert client.getresponse().status == 401
+            client.close()
+        assert server.get("/v1/models")["data"], "with the key it answers"
+        client = http.client.HTTPConnection(serving.HOST, server.port, timeout=10)
+        client.request("GET", "/health", headers={"Origin": "https://example.com"})
+        answer = client.getresponse()
+        assert answer.status == 200 and "Access-Control-Allow-Origin" not in answer.headers
+        client.close()
+        command = psutil.Process(server._process.pid).cmdline()
+        assert server.key not in " ".join(command), "other users can read a command line"
+        said = server.log(10_000)
+    assert "security" not in said and "CORS allows" not in said
+
+
+# ── a processor that refuses llama.cpp's fastest kernels ─────────────────────────────────
+REFUSES = """#!/bin/sh
+case "$*" in
+  *--version* | *--list-devices* | *--no-repack*) exec '{real}' "$@" ;;
+esac
+kill -ILL $$
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
+def test_quantized_files_are_measured_and_served_all_the_same(
+    embedded_f16, tmp_path, monkeypatch, capsys
+):
+    """What a cloud machine does that lists AMX and refuses it, imitated."""
+    for name in llamacpp.PROGRAMS:
+        text = REFUSES.format(real=llamacpp.binary(name))
+        if name == "llama-quantize":  # computes nothing with these kernels
+            text = text.replace("kill -ILL $$", f"exec '{llamacpp.binary(name)}' \"$@\"")
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv(llamacpp.VARIABLE, str(tmp_path))
+    small = gguf.quantize(embedded_f16, tmp_path / "q8.gguf", "Q8_0")
+    table = gguf.fidelity(embedded_f16, {"Q8_0": small}, "Once upon a time. " * 60)
+    assert table.loc["Q8_0", "mean KL"] < 0.1
+    with serving.LlamaServer(small) as server:
+        assert "France" in server.chat(QUESTION)
+    assert "SIGILL" in llamacpp.trouble() and "SIGILL" in capsys.readouterr().out
+
+
+def test_a_server_that_is_killed_says_by_what(tiny):
+    with serving.LlamaServer(tiny) as server:
+        os.kill(server._process.pid, signal.SIGKILL)
+        server._process.wait(10)
+        with pytest.raises(RuntimeError, match="killed by SIGKILL: most likely"):
+            server.get("/health")
+
+
 # ── always stopped ───────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_it_stops_when_the_block_fails(tiny, error):
@@ -161,6 +220,16 @@ def test_it_does_not_outlive_its_python(tiny, how):
     parent.stdout.close()
     child.wait(20)
     assert not child.is_running()
+
+
+def test_it_outlives_the_thread_that_started_it(tiny):
+    """Linux counts a parent's death by the thread that started the child."""
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(1) as pool:
+            server = pool.submit(stack.enter_context, serving.LlamaServer(tiny)).result()
+        time.sleep(0.5)  # that thread is gone
+        assert server.get("/health") == {"status": "ok"}
+    assert not listening(server.port)
 
 
 # ── said in words ────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ MESSAGES = [
 def _tokenizer():
     from helpers import chat, models
 
-    tokenizer = chat.prepare_tokenizer(models.load_tokenizer())
+    tokenizer = chat.prepare_tokenizer(models.load_tokenizer(models.EMBEDDED))
     tokenizer.chat_template = chat.chatml_template()
     return tokenizer
 
