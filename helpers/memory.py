@@ -7,18 +7,21 @@ formula a reader derives, to see what it misses.
 """
 
 import math
-from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
+from helpers import memory_cards as cards
 from helpers.memory_configs import catalogue, load_config
 from helpers.memory_formulas import NAPKIN_LEAVES_OUT, book_cells, napkin, rules_in_use
+from helpers.memory_measure import Measurement, measure
 from helpers.memory_report import GIB, GPUS, PHASES, MemoryEstimate, parse_size
 
 __all__ = [
     "GPUS",
     "NAPKIN_LEAVES_OUT",
+    "Measurement",
     "MemoryEstimate",
     "book_cells",
+    "cards",
     "catalogue",
     "compare_formulas",
     "estimate_training",
@@ -38,7 +41,7 @@ def estimate_training(
     model,
     *,
     quantization=None,
-    dtype="bfloat16",
+    dtype=None,
     lora=None,
     optimizer="adamw_torch_fused",
     batch_size=1,
@@ -48,6 +51,8 @@ def estimate_training(
     mixed_precision=None,
     gradient_accumulation=False,
     packing=False,
+    padded=False,
+    gpu=None,
     stack="current",
     double_quantization=True,
     prepare_kbit=None,
@@ -56,57 +61,37 @@ def estimate_training(
     5).
 
     model: a config, a name from `catalogue()`, a path, or a Hub id. quantization: None,
-    'int8', 'fp4', 'nf4'. dtype: of the weights. lora: None (full fine-tuning), a rank
-    (PEFT's usual targets), or a LoraConfig. optimizer: 'adamw_torch_fused', 'adamw_torch',
-    'sgd', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit'. attention: 'eager',
-    'sdpa', 'flash_attention_2'. mixed_precision: None, 'bf16' or 'fp16' (autocast, as
-    accelerate). gradient_accumulation: gradients of earlier micro-batches are alive.
-    packing: rows joined into one (trl's 'bfd'). stack: 'current' is a step in steady state
-    of the installed versions with SFTTrainer's fused head; 'book' the first step of trl
-    0.12's time in a plain loop, whose accumulating runs never reach the optimizer.
-    prepare_kbit: whether `prepare_model_for_kbit_training` ran; None: as the stack's
-    trainer does (book yes, current no).
+    'int8', 'fp4', 'nf4'. dtype: of the weights; None: the card's 16-bit type. lora: None
+    (full fine-tuning), a rank (PEFT's usual targets), or a LoraConfig. optimizer:
+    'adamw_torch_fused', 'adamw_torch', 'sgd', 'adamw_8bit', 'paged_adamw_8bit',
+    'paged_adamw_32bit'. attention: 'eager', 'sdpa', 'flash_attention_2'. mixed_precision:
+    None, 'bf16' or 'fp16' (autocast, as accelerate; SFTConfig's bf16=True or fp16=True).
+    gradient_accumulation: gradients of earlier micro-batches are alive. packing: rows
+    joined into one (trl's 'bfd'). padded: at least one row of the batch is padded, so that
+    attention gets a mask and shared heads are repeated; False: none is. gpu: a card by name
+    or as `cards.Card`, which decides the 16-bit type, the attention kernels and cuBLAS's
+    workspace; None, or a size that names no card, means Ampere. stack: 'current' is a step
+    in steady state of the installed versions with SFTTrainer's fused head; 'book' the first
+    step of trl 0.12's time in a plain loop, whose accumulating runs never reach the
+    optimizer. prepare_kbit: whether `prepare_model_for_kbit_training` ran; None: as the
+    stack's trainer does (book yes, current no).
 
-    Returns a MemoryEstimate. Raises ValueError or TypeError for arguments outside these,
-    and ValueError for models that cannot be traced honestly (encoder-decoders, mixtures of
-    experts, recurrent layers). No GPU, no weights.
+    Returns a MemoryEstimate. Raises ValueError or TypeError for arguments outside these or
+    that the card cannot do (bfloat16 on a T4), and ValueError for models that cannot be
+    traced honestly (encoder-decoders, mixtures of experts, recurrent layers). No GPU, no
+    weights.
     """
     import torch
 
-    from helpers import memory_profiles, memory_step
+    from helpers import memory_step
 
-    _one_of("quantization", quantization, QUANTIZATIONS)
-    _one_of("attention", attention, ATTENTIONS)
-    _one_of("optimizer", optimizer, sorted(memory_profiles.OPTIMIZERS))
-    _one_of("stack", stack, ("current", "book"))
-    dtype = str(dtype).removeprefix("torch.")
+    card = _card(gpu)
+    capability = card.capability if card else cards.AMPERE
+    dtype = str(dtype or cards.half_dtype(capability)).removeprefix("torch.")
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
-    _one_of("dtype", dtype, DTYPES)
-    _one_of("mixed_precision", mixed_precision, (None, "no", "bf16", "fp16"))
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    if isinstance(lora, bool) or not (
-        lora is None or isinstance(lora, int) or hasattr(lora, "peft_type")
-    ):
-        raise TypeError(f"lora must be None, a rank or a LoraConfig, not {lora!r}")
-    if isinstance(lora, int) and lora < 1:
-        raise ValueError(f"lora must be a rank of at least 1, not {lora}")
-    if quantization and lora is None:
-        raise ValueError(
-            f"quantization={quantization!r} needs lora: a quantized model cannot be "
-            "trained by itself; "
-            "pass lora=16, or quantization=None for full fine-tuning"
-        )
-    if (
-        attention == "flash_attention_2"
-        and dtype == "float32"
-        and mixed_precision in (None, "no")
-    ):
-        raise ValueError(
-            "attention='flash_attention_2' has no float32 kernels; use dtype='bfloat16' or "
-            "mixed_precision='bf16'"
-        )
+    _check(quantization, dtype, lora, optimizer, attention, mixed_precision, stack)
+    _check_batch(batch_size, sequence_length, padded, packing, attention, stack)
+    _check_card(card, dtype, attention, mixed_precision)
     config = load_config(model)
     memory_step.refuse(config)
     if sequence_length > (limit := _longest(config)):
@@ -128,6 +113,8 @@ def estimate_training(
         ),
         gradient_accumulation=gradient_accumulation,
         packing=packing,
+        padded=padded,
+        capability=capability,
         stack=stack,
         prepare_kbit=stack == "book" if prepare_kbit is None else prepare_kbit,
         loss="logits" if stack == "book" else "fused",
@@ -137,7 +124,76 @@ def estimate_training(
         if isinstance(model, str)
         else getattr(config, "name_or_path", "") or config.model_type
     )
-    return _estimate(str(name), config, recipe)
+    return _estimate(str(name), config, recipe, card)
+
+
+def _card(gpu):
+    """The Card of a `gpu` argument; None for None and for a size."""
+    if gpu is not None:
+        parse_size(gpu)  # raises for what is neither
+    return cards.find_card(gpu)
+
+
+def _check(quantization, dtype, lora, optimizer, attention, mixed_precision, stack):
+    from helpers import memory_profiles
+
+    _one_of("quantization", quantization, QUANTIZATIONS)
+    _one_of("attention", attention, ATTENTIONS)
+    _one_of("optimizer", optimizer, sorted(memory_profiles.OPTIMIZERS))
+    _one_of("stack", stack, ("current", "book"))
+    _one_of("dtype", dtype, DTYPES)
+    _one_of("mixed_precision", mixed_precision, (None, "no", "bf16", "fp16"))
+    if isinstance(lora, bool) or not (
+        lora is None or isinstance(lora, int) or hasattr(lora, "peft_type")
+    ):
+        raise TypeError(f"lora must be None, a rank or a LoraConfig, not {lora!r}")
+    if isinstance(lora, int) and lora < 1:
+        raise ValueError(f"lora must be a rank of at least 1, not {lora}")
+    if quantization and lora is None:
+        raise ValueError(
+            f"quantization={quantization!r} needs lora: a quantized model cannot be "
+            "trained by itself; "
+            "pass lora=16, or quantization=None for full fine-tuning"
+        )
+    if (
+        attention == "flash_attention_2"
+        and dtype == "float32"
+        and mixed_precision in (None, "no")
+    ):
+        raise ValueError(
+            "attention='flash_attention_2' has no float32 kernels; use dtype='bfloat16' or "
+            "mixed_precision='bf16'"
+        )
+
+
+def _check_batch(batch_size, sequence_length, padded, packing, attention, stack):
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if padded and (packing or attention == "flash_attention_2" or stack == "book"):
+        raise ValueError(
+            "padded=True is known for attention='sdpa' and 'eager' with packing=False and "
+            "stack='current'; packed rows have no padding"
+        )
+
+
+def _check_card(card, dtype, attention, mixed_precision):
+    """Refuse what the card's generation cannot do, in the caller's words."""
+    if card is None or cards.half_dtype(card.capability) == "bfloat16":
+        return
+    wrong = {
+        ("dtype", "bfloat16", "float16"): dtype,
+        ("mixed_precision", "bf16", "fp16"): mixed_precision,
+        ("attention", "flash_attention_2", "sdpa"): attention,
+    }
+    for (name, refused, works), value in wrong.items():
+        if value == refused:
+            capability = ".".join(map(str, card.capability))
+            raise ValueError(
+                f"{name}={value!r} does not run on gpu={card.name!r}: compute capability "
+                f"{capability} has neither bfloat16 nor flash attention; {name}={works!r} "
+                "works there"
+            )
 
 
 def _one_of(name, value, choices):
@@ -156,7 +212,7 @@ def _longest(config):
 _CACHE = {}
 
 
-def _estimate(name, config, recipe):
+def _estimate(name, config, recipe, card):
     from helpers import memory_step
 
     lora = recipe.lora.to_dict() if hasattr(recipe.lora, "to_dict") else recipe.lora
@@ -192,7 +248,28 @@ def _estimate(name, config, recipe):
     trace, reserved = _CACHE[key]
     peak, parts, instant, instants = trace.peak()
     instants = {k: v for k, v in instants.items() if k in PHASES}
-    return MemoryEstimate(name, peak, parts, instant, instants, reserved, trace, recipe)
+    result = name, peak, parts, instant, instants, reserved, trace, recipe, config, card
+    return MemoryEstimate(*result)
+
+
+def for_card(estimate, card):
+    """The same run predicted for another Card (Chapter 5).
+
+    What was bfloat16 becomes float16 on a card without it. Raises ValueError where the
+    run's attention does not exist on that card.
+    """
+    import torch
+
+    recipe = estimate.recipe
+    _check_card(card, None, recipe.attention, None)
+    if cards.half_dtype(card.capability) == "float16":
+        narrow = {torch.bfloat16: torch.float16}
+        dtype, mixed = recipe.dtype, recipe.mixed_precision
+        recipe = replace(
+            recipe, dtype=narrow.get(dtype, dtype), mixed_precision=narrow.get(mixed, mixed)
+        )
+    recipe = replace(recipe, capability=card.capability)
+    return _estimate(estimate.name, estimate.config, recipe, card)
 
 
 def _irregular(config, lora):
@@ -217,9 +294,11 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
     """The longest sequence (or, with `vary="batch_size"`, largest batch) that fits a card
     (Chapter 5).
 
-    gpu: as `MemoryEstimate.fits`. Sequences are multiples of 64 up to the model's
-    positions, batches at most 1,024. choices: as `estimate_training`. Returns a
-    MemoryEstimate; raises ValueError when even the smallest does not fit.
+    gpu: a card, whose kernels are then assumed, or a size ('24GiB', bytes). Sequences are
+    multiples of 64 up to the model's positions, batches at most 1,024. One unit more does
+    not fit; a longer one may by luck, where the allocator's blocks happen to close up.
+    choices: as `estimate_training`. Returns a MemoryEstimate; raises ValueError when even
+    the smallest does not fit.
     """
     _one_of("vary", vary, ("sequence_length", "batch_size"))
     unit, most = (
@@ -227,7 +306,7 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
     )
 
     def attempt(units):
-        return estimate_training(model, **choices | {vary: units * unit})
+        return estimate_training(model, gpu=gpu, **choices | {vary: units * unit})
 
     low, best = 1, attempt(1)
     if not best.fits(gpu):
@@ -240,7 +319,7 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
     while high * unit <= most and (found := attempt(high)).fits(gpu):
         low, best, high = high, found, high * 2
     high = min(high, most // unit + 1)
-    while high - low > max(1, low // 32):
+    while high - low > 1:
         middle = (low + high) // 2
         if (found := attempt(middle)).fits(gpu):
             low, best = middle, found
@@ -249,67 +328,7 @@ def find_largest(model, gpu, *, vary="sequence_length", **choices):
     return best
 
 
-# ------------------------------------------------------------------ measuring
-class Measurement:
-    """What a block of code took at its peak.
-
-    `peak_bytes`, and on CUDA `reserved_bytes` and `driver_bytes` apart.
-    """
-
-    def __init__(self, device):
-        self.device, self.peak_bytes = device, 0
-        self.reserved_bytes = self.driver_bytes = None
-
-    def __str__(self):
-        text = f"peak {self.peak_bytes / 1e6:,.1f} MB of tensors on {self.device}"
-        if self.reserved_bytes is None:
-            return text
-        return (
-            f"{text}, {self.reserved_bytes / 1e6:,.1f} MB reserved by the allocator, "
-            f"{self.driver_bytes / 1e6:,.1f} MB in use according to the driver"
-        )
-
-
-@contextmanager
-def measure(device=None):
-    """Measure the peak memory of the block (Chapter 5).
-
-    `with memory.measure() as m: ...`, then `m.peak_bytes`.
-
-    On CUDA: the allocator's `max_memory_allocated` after emptying its cache, with reserved
-    and driver figures apart. On the CPU: the bytes of every tensor the block makes or uses,
-    exactly, by following each operator; tensors of other devices and NumPy arrays do not
-    count. device: 'cuda' or 'cpu'; None takes CUDA where there is a card.
-    """
-    import torch
-
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    result = Measurement(device.type)
-    if device.type == "cuda":
-        import gc
-
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            yield result
-        finally:
-            torch.cuda.synchronize(device)
-            result.peak_bytes = torch.cuda.max_memory_allocated(device)
-            result.reserved_bytes = torch.cuda.max_memory_reserved(device)
-            free, total = torch.cuda.mem_get_info(device)
-            result.driver_bytes = total - free
-        return
-    from helpers.memory_trace import Ledger
-
-    ledger = Ledger(unit=1, inputs=True)
-    try:
-        with ledger:
-            yield result
-    finally:
-        result.peak_bytes = ledger.peak
-
-
+# ------------------------------------------------------------------ beside others
 def compare_formulas(cells):
     """Our prediction beside the napkin and three formulas in use, against measurements
     (Chapter 5).
@@ -349,7 +368,9 @@ def add_arguments(parser):
     parser.add_argument(
         "--rank", type=int, help="LoRA rank; without it every weight is trained"
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: the card's 16-bit type"
+    )
     parser.add_argument("--mixed-precision", choices=["bf16", "fp16"])
     parser.add_argument("--optimizer", default="adamw_torch_fused")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -360,8 +381,13 @@ def add_arguments(parser):
     )
     parser.add_argument("--accumulate", action="store_true", help="gradient accumulation")
     parser.add_argument("--packing", action="store_true")
-    parser.add_argument("--stack", default="current", choices=["current", "book"])
     parser.add_argument(
+        "--padded", action="store_true", help="some row of the batch is padded"
+    )
+    parser.add_argument("--stack", default="current", choices=["current", "book"])
+    card = parser.add_mutually_exclusive_group()
+    card.add_argument("--gpu", metavar="CARD", help="predict for this card: T4, L4, …")
+    card.add_argument(
         "--fit", metavar="CARD", help="search for the longest that fits: T4, 16GiB, …"
     )
     parser.add_argument(
@@ -394,6 +420,7 @@ def main(options):
         "gradient_checkpointing": not options.no_checkpointing,
         "gradient_accumulation": options.accumulate,
         "packing": options.packing,
+        "padded": options.padded,
         "stack": options.stack,
     }
     try:
@@ -404,7 +431,7 @@ def main(options):
             found = getattr(estimate.recipe, options.vary)
             print(f"{options.fit}: largest {options.vary} is {found:,}")
         else:
-            estimate = estimate_training(options.model, **choices)
+            estimate = estimate_training(options.model, gpu=options.gpu, **choices)
     except (ValueError, TypeError) as error:
         print(error, file=sys.stderr)
         return 1

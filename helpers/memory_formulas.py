@@ -46,8 +46,7 @@ def napkin(
     width = 4 if str(dtype).endswith(("32", "float")) else 2
     parameters = 12 * layers * h**2 + config.vocab_size * h
     stored = {None: width, "int8": 1, "fp4": 0.5, "nf4": 0.5}[quantization]
-    rank = lora if lora is None or isinstance(lora, int) else lora.r
-    trained = parameters if rank is None else 4 * layers * rank * h
+    trained = parameters if lora is None else 4 * layers * _rank(lora) * h
     tokens = batch_size * sequence_length
     layer = 34 * tokens * h + (
         5 * heads * sequence_length * tokens if attention == "eager" else 0
@@ -58,12 +57,16 @@ def napkin(
     state = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "sgd": 0}.get(optimizer, 2 * width)
     parts = {
         "weights": int(parameters * stored),
-        "adapters": 0 if rank is None else trained * width,
+        "adapters": 0 if lora is None else trained * width,
         "gradients": trained * width,
         "optimizer": 0 if optimizer.startswith("paged") else trained * state,
         "activations": activations * width // 2,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def _rank(lora):
+    return lora if isinstance(lora, int) else lora.r
 
 
 def rules_in_use(config, choices):
@@ -78,7 +81,8 @@ def rules_in_use(config, choices):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())
     h, layers = config.hidden_size, config.num_hidden_layers
-    trained = count if choices.get("lora") is None else 4 * layers * choices["lora"] * h
+    lora = choices.get("lora")
+    trained = count if lora is None else 4 * layers * _rank(lora) * h
     tokens = choices.get("batch_size", 1) * choices.get("sequence_length", 512)
     score = 5 * config.num_attention_heads * choices.get("sequence_length", 512) / h
     per_token = 2 if choices.get("gradient_checkpointing", True) else 34 + score

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from helpers.memory_cards import AMPERE, attention_kernels
 from helpers.memory_trace import rounded
-
-# One cuBLAS workspace per (handle, stream); a training step has two: its forward and its
-# autograd thread.
-CUBLAS_WORKSPACE = 8_519_680
-CUBLAS_WORKSPACE_HOPPER = 32 * 2**20
 
 
 # ---------------------------------------------------------------- attention kernels
@@ -84,18 +80,27 @@ class _EfficientAttention(torch.autograd.Function):
 
 
 def cuda_attention(
-    query, key, value, mask=None, dropout=0.0, causal=False, scale=None, gqa=False
+    query,
+    key,
+    value,
+    mask=None,
+    dropout=0.0,
+    causal=False,
+    scale=None,
+    gqa=False,
+    capability=AMPERE,
 ):
     """Allocate what the kernel that CUDA would choose allocates.
 
-    Flash, memory-efficient, or the plain formula.
+    Flash, memory-efficient, or the plain formula, whose scores take length x length. In
+    torch 2.13 only flash takes grouped heads as they are.
     """
+    kernels = attention_kernels(capability, str(query.dtype).removeprefix("torch."))
     same_heads = query.shape[1] == key.shape[1] == value.shape[1]
-    size = query.shape[-1]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if mask is None and half and size <= 256 and (same_heads or gqa):
+    fits_flash = mask is None and query.shape[-1] <= 256 and (same_heads or gqa)
+    if "flash" in kernels and fits_flash:
         return _FlashAttention.apply(query, key, value)
-    if same_heads:
+    if "efficient" in kernels and same_heads:
         return _EfficientAttention.apply(query, key, value, mask)
     return torch._scaled_dot_product_attention_math(
         query, key, value, mask, dropout, causal, scale=scale, enable_gqa=gqa
@@ -115,13 +120,14 @@ class CudaKernels(TorchFunctionMode):
     stand-ins that match CUDA.
 
     Dropout keeps one byte per element; softmax of float16 into float32 makes no float32
-    copy of its input; attention is chosen as on CUDA; with `autocast`, the functions CUDA
-    runs in float32 get float32 inputs.
+    copy of its input; attention is chosen as on a card of that compute capability; with
+    `autocast`, the functions CUDA runs in float32 get float32 inputs.
     """
 
-    def __init__(self, autocast=False, flash_dtype=None):
+    def __init__(self, autocast=False, flash_dtype=None, capability=AMPERE):
         super().__init__()
         self.autocast, self.flash_dtype = autocast, flash_dtype
+        self.capability = capability
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -137,6 +143,7 @@ class CudaKernels(TorchFunctionMode):
                 causal=kwargs.get("is_causal", False),
                 scale=kwargs.get("scale"),
                 gqa=kwargs.get("enable_gqa", False),
+                capability=self.capability,
             )
         if func is F.dropout:
             return _dropout(*args, **kwargs)
@@ -194,7 +201,9 @@ def quantized_sizes(rows, columns, kind, double=True):
 class _MatMul4bit(torch.autograd.Function):
     """bitsandbytes' MatMul4Bit.
 
-    Dequantize, multiply, forget; dequantize again for the way back.
+    Dequantize, multiply, forget; dequantize again for the way back. For few tokens (at most
+    1,536, by card and shape) bitsandbytes 0.50 multiplies the 4-bit matrix as it lies: the
+    forward pass of such a batch is predicted slightly high.
     """
 
     @staticmethod

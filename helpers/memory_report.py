@@ -6,39 +6,38 @@ Numbers, a table, two pictures, and which cards it fits (Chapter 5).
 import re
 from dataclasses import dataclass, field
 
+from helpers.memory_cards import CARDS, cublas_workspace, find_card, half_dtype
+
 GIB = 2**30
 PHASES = ("forward", "loss", "backward", "optimizer")
-GPUS = {
-    "T4": 15 * GIB,  # of 16, what the driver leaves
-    "RTX 3060": 12 * GIB,
-    "RTX 4090": 24 * GIB,
-    "A100 40GB": 40 * GIB,
-    "A100 80GB": 80 * GIB,
-    "H100 80GB": 80 * GIB,
-}
+GPUS = {name: card.memory for name, card in CARDS.items()}
+OTHER_KERNELS = "other kernels (predict with gpu=)"
 CONTEXT = (
     0.25e9,
     0.5e9,
 )  # the CUDA context on recent stacks, outside every allocator counter
 
 
-def parse_size(size):
-    """Bytes from a number, a text like '16GiB' or '24GB', or a card's name in `GPUS`."""
-    if isinstance(size, bool) or not isinstance(size, int | float | str):
+def parse_size(gpu):
+    """Bytes from a number, a text like '16GiB' or '24GB', a Card, or a card's name
+    (Chapter 5).
+
+    A name may be loose ('4090', 'NVIDIA A100-SXM4-80GB'). Raises ValueError for names that
+    are in no table or fit two cards, TypeError for other types.
+    """
+    if card := find_card(gpu):
+        return card.memory
+    if isinstance(gpu, bool) or not isinstance(gpu, int | float | str):
         raise TypeError(
-            f"gpu must be a card's name, a size like '16GiB', or bytes, not {size!r}"
+            f"gpu must be a card's name, a size like '16GiB', or bytes, not {gpu!r}"
         )
-    if not isinstance(size, str):
-        return int(size)
-    wanted = re.sub(r"[^a-z0-9]", "", size.lower())
-    for name, capacity in GPUS.items():
-        known = re.sub(r"[^a-z0-9]", "", name.lower())
-        if wanted in (known, known.removesuffix("gb"), known.removeprefix("rtx")):
-            return capacity
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", size.lower())
+    if not isinstance(gpu, str):
+        return int(gpu)
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", gpu.lower())
     if not found or not found[1].strip("."):
         raise ValueError(
-            f"gpu={size!r} is neither a size like '16GiB' nor one of {', '.join(GPUS)}"
+            f"gpu={gpu!r} is neither a size like '16GiB' nor one of {', '.join(GPUS)}; for "
+            "the card in this machine pass memory.cards.of_this_machine()"
         )
     base = 1024 if found[3] else 1000
     return int(float(found[1]) * base ** " kmgt".index(found[2] or " "))
@@ -53,7 +52,8 @@ class MemoryEstimate:
     peak_bytes: what `max_memory_allocated` would say. parts: {category: bytes} at that
     moment, adding up to it. peak_instant: 'forward', 'loss', 'backward' or 'optimizer';
     instants: the peak of each. reserved_bytes: what the caching allocator holds. margin:
-    (low, high) bytes on top of the peak for that and the CUDA context.
+    (low, high) bytes on top of the peak for that and the CUDA context. card: the Card it
+    was asked for, or None: any card with the kernels of Ampere and later.
     """
 
     name: str
@@ -64,6 +64,8 @@ class MemoryEstimate:
     reserved_bytes: int
     trace: object = field(repr=False)  # thousands of events
     recipe: object
+    config: object = field(repr=False)
+    card: object = None
 
     @property
     def margin(self):
@@ -77,18 +79,36 @@ class MemoryEstimate:
     def fits(self, gpu):
         """Whether the peak and the whole margin fit a card ('T4', 'A100 80GB', '16GiB', or
         bytes).
+
+        A card without bfloat16 is asked about the same run in float16, on its own kernels.
         """
-        return self.peak_bytes + self.margin[1] + _hopper(gpu) <= parse_size(gpu)
+        return self.verdict(gpu) == "fits"
 
     def verdict(self, gpu):
         """'fits', 'tight' (only with a small context and no fragmentation) or 'no'."""
-        if self.fits(gpu):
+        card, run, capacity = find_card(gpu), self, parse_size(gpu)
+        if card and not self._same_kernels(card):
+            from helpers import memory
+
+            run = memory.for_card(self, card)
+        need, (low, high) = run.peak_bytes, run.margin
+        if card:
+            mine = cublas_workspace(run.recipe.capability)
+            need += 2 * (cublas_workspace(card.capability) - mine)
+        if need + high <= capacity:
             return "fits"
-        return (
-            "tight"
-            if self.peak_bytes + self.margin[0] + _hopper(gpu) <= parse_size(gpu)
-            else "no"
-        )
+        return "tight" if need + low <= capacity else "no"
+
+    def _same_kernels(self, card):
+        return half_dtype(card.capability) == half_dtype(self.recipe.capability)
+
+    def _verdicts(self):
+        """{verdict: names of cards}; a card with other kernels needs its own prediction."""
+        groups = {"fits": [], "tight": [], "no": [], OTHER_KERNELS: []}
+        for card in [self.card] if self.card else CARDS.values():
+            same = self._same_kernels(card)
+            groups[self.verdict(card) if same else OTHER_KERNELS].append(card.name)
+        return {verdict: ", ".join(names) for verdict, names in groups.items() if names}
 
     def table(self):
         """The parts as a table: MB (1e6 bytes) and share of the peak, largest first."""
@@ -108,7 +128,7 @@ class MemoryEstimate:
         for name, row in self.table().iterrows():
             if row.MB >= 0.05:
                 lines.append(f"  {name:<12} {row.MB:>10,.1f} MB  {row.share:>6.1%}")
-        lines.append("  ".join(f"{gpu}: {self.verdict(gpu)}" for gpu in GPUS))
+        lines += [f"{verdict}: {names}" for verdict, names in self._verdicts().items()]
         return "\n".join(lines)
 
     def _repr_html_(self):
@@ -128,7 +148,8 @@ class MemoryEstimate:
         )
         signs = {"fits": "&#10003; fits", "tight": "&#8776; tight", "no": "&#10007; no"}
         cards = "".join(
-            f"<tr><td>{gpu}</td><td>{signs[self.verdict(gpu)]}</td></tr>" for gpu in GPUS
+            f"<tr><td>{signs.get(verdict, verdict)}</td><td>{names}</td></tr>"
+            for verdict, names in self._verdicts().items()
         )
         head = "<tr><th>part</th><th>MB</th><th>share</th></tr>"
         return (
@@ -136,7 +157,7 @@ class MemoryEstimate:
             f"({self.peak_instant}), plus {_span(self.margin)} for the CUDA context and "
             f'fragmentation<div style="max-width:640px">{bars}</div>'
             f'<div style="display:flex;gap:2em"><table>{head}{rows}</table>'
-            f"<table><tr><th>card</th><th></th></tr>{cards}</table></div>"
+            f"<table><tr><th></th><th>cards</th></tr>{cards}</table></div>"
         )
 
     def plot(self, gpu=None):
@@ -186,7 +207,7 @@ class MemoryEstimate:
             capacity = parse_size(gpu) / GIB
             for axis in (left, right):
                 axis.axhline(capacity, color=plots.COLORS["red"], linewidth=1.5)
-            label = gpu if isinstance(gpu, str) else f"{capacity:.1f} GiB"
+            label = str(find_card(gpu) or f"{capacity:.1f} GiB")
             across = right.get_yaxis_transform()
             style = dict(ha="right", va="top", color=plots.COLORS["red"], transform=across)
             right.text(0.99, capacity, label, **style)
@@ -195,13 +216,6 @@ class MemoryEstimate:
 
 def _span(margin):
     return f"{margin[0] / GIB:.2f} to {margin[1] / GIB:.2f} GiB"
-
-
-def _hopper(gpu):
-    from helpers.memory_profiles import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER
-
-    hopper = isinstance(gpu, str) and gpu.lower().startswith("h100")
-    return 2 * (CUBLAS_WORKSPACE_HOPPER - CUBLAS_WORKSPACE) if hopper else 0
 
 
 def _colors():

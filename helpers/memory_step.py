@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from helpers import memory_profiles as profiles
+from helpers.memory_cards import AMPERE, cublas_workspace, half_dtype
 from helpers.memory_trace import Ledger, Trace, patched, rounded
 
 SHORT = 4  # layers in a short trace: first, two to compare, last
@@ -34,8 +35,10 @@ class Recipe:
     mixed_precision: torch.dtype | None = None
     gradient_accumulation: bool = False
     packing: bool = False
+    padded: bool = False
     stack: str = "current"
     prepare_kbit: bool = False
+    capability: tuple = AMPERE  # of the card
     loss: str = (
         "fused"  # 'fused': trl's head; 'logits': the model's own loss over all logits
     )
@@ -155,7 +158,8 @@ def kernels_of(recipe):
     if recipe.kernels == "cpu":
         return contextlib.nullcontext
     flash_dtype = recipe.dtype if recipe.attention == "flash_attention_2" else None
-    return lambda: profiles.CudaKernels(recipe.mixed_precision is not None, flash_dtype)
+    autocast = recipe.mixed_precision is not None
+    return lambda: profiles.CudaKernels(autocast, flash_dtype, recipe.capability)
 
 
 def _with_adapters(model, recipe):
@@ -177,7 +181,10 @@ def _with_adapters(model, recipe):
             module, "lora_variant", {}
         ):
             module.forward = types.MethodType(profiles.quantized_lora_forward, module)
-    if recipe.quantization and recipe.stack == "current":  # trl 1.16
+    # trl 1.16 makes them bfloat16. Where a card has none, training.LeanSFTTrainer leaves
+    # them float32, the only type that float16's gradient scaler takes.
+    narrow = recipe.stack == "current" and half_dtype(recipe.capability) == "bfloat16"
+    if recipe.quantization and narrow:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -265,8 +272,7 @@ def _inputs(model, recipe):
     if flat:
         batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
     else:
-        # Without padding transformers drops the mask; its bytes are in the batch all the
-        # same.
+        # transformers drops a mask without padding; its bytes are in the batch all the same
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
     return batch
 
@@ -276,7 +282,8 @@ def _loss(model, batch, recipe, ledger):
 
     Whatever else is returned stays alive for the step.
     """
-    batch = {k: v for k, v in batch.items() if k != "attention_mask"}
+    if not recipe.padded:
+        batch = {k: v for k, v in batch.items() if k != "attention_mask"}
     if recipe.attention == "flash_attention_2":
         batch.pop("position_ids", None)  # variable-length kernels need no mask
     autocast = contextlib.nullcontext()
@@ -413,14 +420,16 @@ def _run(model, batch, recipe, ledger, layers, total):
 
     ledger.phase("forward", "activations")
     on_card = recipe.kernels == "cuda"
+    # cuBLAS keeps one workspace per (handle, stream): the forward thread's and autograd's
+    workspace = cublas_workspace(recipe.capability)
     for _ in range(on_card + (on_card and steady)):
-        ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
+        ledger.enter(workspace, "workspace")
     loss, alive = _loss(model, batch, recipe, ledger)
     if steady:
         alive = None  # the trainer's compute_loss has returned; the book's loop holds on
     ledger.phase("backward", "temporaries")
     if on_card and not steady:  # the autograd thread's, made at its first product
-        ledger.enter(profiles.CUBLAS_WORKSPACE, "workspace")
+        ledger.enter(workspace, "workspace")
     loss.backward()
     if steady:
         del loss

@@ -32,9 +32,9 @@ class Ledger(TorchDispatchMode):
 
     `unit` rounds each storage (512: what CUDA's allocator would hand out; 1: exact).
     `adopt` enters tensors made before. With `inputs=True`, storages first met as an
-    operator's input count as alive from the start. `events` is the log of (block, size,
-    category): size > 0 allocates, < 0 frees, 0 moves the block to another category. `marks`
-    are the (position, name) of the phases and layers within it.
+    operator's input count as alive from the start, and in `before`. `events` is the log of
+    (block, size, category): size > 0 allocates, < 0 frees, 0 moves the block to another
+    category. `marks` are the (position, name) of the phases and layers within it.
     """
 
     def __init__(self, unit=ROUND, inputs=False):
@@ -43,7 +43,7 @@ class Ledger(TorchDispatchMode):
         self.live = {}
         self.events, self.marks = [], []
         self.category = "activations"
-        self.current = self.peak = 0
+        self.current = self.peak = self.before = 0
         self._blocks = itertools.count()
 
     def adopt(self, tensor, category):
@@ -110,11 +110,10 @@ class Ledger(TorchDispatchMode):
     def _found(self, tensor):
         # It was alive before we looked, so the peak measured so far lacked it.
         if tensor.untyped_storage()._cdata not in self.live:
-            before = self.peak
+            peak, size = self.peak, rounded(tensor.untyped_storage().nbytes(), self.unit)
             self.adopt(tensor, "before")
-            self.peak = max(
-                self.peak, before + rounded(tensor.untyped_storage().nbytes(), self.unit)
-            )
+            self.before += size
+            self.peak = max(self.peak, peak + size)
 
 
 @dataclass

@@ -290,6 +290,7 @@ def memory_planner(models=("SmolLM2-135M-Instruct", "Llama-3.1-8B")):
             sequence_length=sequence_length,
             batch_size=batch_size,
             gradient_checkpointing=checkpointing,
+            gpu=card,
         )
         return estimate.plot(card)
 

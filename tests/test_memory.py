@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from helpers import (
     memory,
+    memory_cards,
     memory_configs,
     memory_formulas,
     memory_profiles,
@@ -356,10 +357,7 @@ def test_8bit_optimizer_states_equal_bitsandbytes():
 
 # --------------------------------------------------------- published GPU measurements
 def traced_calls(module, *inputs, calls=3):
-    """Peak bytes of a benchmark's forward and backward calls, on fakes with CUDA's kernels.
-
-    # --------------------------------------------------------- published GPU measurements
-    """
+    """Peak bytes of a benchmark's forward and backward calls, on CUDA's kernels."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     ledger = Ledger()
@@ -431,7 +429,7 @@ def test_published_head_and_cross_entropy(tokens, mib):
         lambda: torch.empty(tokens, width, dtype=torch.bfloat16, requires_grad=True),
         lambda: torch.empty(tokens, dtype=torch.long),
     )
-    peak += 2 * memory_profiles.CUBLAS_WORKSPACE
+    peak += 2 * memory_cards.cublas_workspace(memory_cards.AMPERE)
     assert peak / MIB == pytest.approx(mib, rel=5e-4)
 
 
@@ -442,8 +440,8 @@ def test_book_table_5_2():
         abs(memory.estimate_training(model, **choices).peak_bytes / measured - 1)
         for model, choices, measured in cells
     ]
-    assert statistics.median(errors) <= 0.01
-    assert max(errors) <= 0.07
+    assert statistics.median(errors) <= 0.001
+    assert max(errors) <= 0.002
 
 
 def test_our_trace_beats_the_formulas_on_the_same_cells():
@@ -525,7 +523,6 @@ def test_dropout_keeps_one_byte_per_element_as_on_cuda():
 
 def test_attention_kernels_and_masks():
     def kept(mask, dtype=torch.bfloat16, heads=4):
-        shape = (1, heads, 128, 64)
         q, k, v = (
             torch.zeros(1, n, 128, 64, dtype=dtype, requires_grad=True)
             for n in (4, heads, heads)
@@ -534,7 +531,7 @@ def test_attention_kernels_and_masks():
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != 4
             )
-        assert out.shape == (1, 4, 128, 64) and shape
+        assert out.shape == (1, 4, 128, 64)
         return ledger.current - out.nbytes
 
     rows = 4 * 128 * 4  # one float32 per row and head
@@ -557,10 +554,8 @@ def test_caching_allocator_rules():
     assert allocator.allocate("b", 3 * MIB) == 3 * MIB and allocator.reserved == 22 * MIB
     # 17 MiB are left; asking for 16.5 would leave half a MiB, too little to split off
     assert allocator.allocate("c", 16 * MIB + MIB // 2) == 17 * MIB
-    assert (
-        allocator.allocate("d", 11 * MIB) == 12 * MIB - MIB + 0
-        or allocator.reserved == 34 * MIB
-    )
+    # its own segment of 12; the MiB left over is not split off either
+    assert allocator.allocate("d", 11 * MIB) == 12 * MIB and allocator.reserved == 34 * MIB
     assert allocator.free("b") == 3 * MIB
     assert allocator.free("c") == 17 * MIB
     assert allocator.allocate("e", 9 * MIB) == 9 * MIB  # neighbors joined: no new segment
@@ -704,6 +699,7 @@ def test_estimate_reports_itself():
     assert 0.2e9 < low < high
     assert estimate.reserved_bytes >= estimate.peak_bytes
     assert estimate.fits("T4") and estimate.fits(15 * 2**30) and not estimate.fits("1GB")
+    assert "fits: RTX 3060, L4, " in str(estimate)
     assert estimate.verdict("100MB") == "no"
     text, page = str(estimate), estimate._repr_html_()
     assert "opt-350m" in text and "GiB" in text and "T4" in page and "weights" in page
@@ -713,8 +709,8 @@ def test_estimate_reports_itself():
 
 @pytest.mark.parametrize(
     ("size", "bytes_"),
-    [("T4", 15 * 2**30), ("a100-40gb", 40 * 2**30), ("4090", 24 * 2**30), ("16 GiB", 2**34),
-     ("16GB", 16 * 10**9), ("1.5g", 15 * 10**8), (123, 123)],
+    [("T4", 14_913 * MIB), ("a100-40gb", 40_441 * MIB), ("4090", 24_081 * MIB),
+     ("16 GiB", 2**34), ("16GB", 16 * 10**9), ("1.5g", 15 * 10**8), (123, 123)],
 )  # fmt: skip
 def test_sizes(size, bytes_):
     assert memory.parse_size(size) == bytes_
@@ -914,7 +910,7 @@ def test_napkin_is_the_chapters_arithmetic():
         attention="eager",
     )
     assert eager["activations"] - parts["activations"] == 5 * 32 * 100**2 * 2 * 32
-    assert memory.NAPKIN_LEAVES_OUT
+    assert any("logits" in part for part in memory.NAPKIN_LEAVES_OUT)
 
 
 def plan(text):
@@ -933,6 +929,11 @@ def test_plan_on_the_command_line(capsys):
     assert "peak" in capsys.readouterr().out
     assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 2GiB --vary batch_size") == 0
     assert "largest batch_size" in capsys.readouterr().out
+    model = "--model SmolLM2-135M-Instruct --rank 8 --sequence-length 64"
+    assert plan(f"{model} --gpu T4 --padded") == 0
+    assert capsys.readouterr().out.endswith("fits: T4\n")
+    assert plan(f"{model} --gpu T4 --dtype bfloat16") == 1
+    assert "'float16' works" in capsys.readouterr().err
     assert plan("--list") == 0 and "Phi-3-mini" in capsys.readouterr().out
     assert plan("--model SmolLM2-135M-Instruct --quantization nf4") == 1
     assert "needs lora" in capsys.readouterr().err

@@ -92,7 +92,8 @@ def test_predicted_against_measured(attention, checkpointing, lora, quantization
         quantization=quantization, batch_size=4, sequence_length=1024,
     )  # fmt: skip
     config = transformers.LlamaConfig(**CONFIG)
-    predicted = memory.estimate_training(config, **choices)
+    card = memory.cards.of_this_machine()
+    predicted = memory.estimate_training(config, gpu=card, **choices)
     measured = measured_step(config, choices)
     error = predicted.peak_bytes / measured.peak_bytes - 1
     mega = [
@@ -100,6 +101,7 @@ def test_predicted_against_measured(attention, checkpointing, lora, quantization
         for run in (predicted, measured)
         for value in (run.peak_bytes, run.reserved_bytes)
     ]
+    print(f"{card}, compute capability {card.capability}, {card.memory / 2**20:,.0f} MiB:")
     print(f"{attention:6} checkpointing={checkpointing!s:5} lora={lora} {quantization}:")
     print(f"  predicted {mega[0]}, measured {mega[2]} ({error:+.1%})")
     print(f"  reserved: predicted {mega[1]}, measured {mega[3]}")
