@@ -75,7 +75,8 @@ def load_yoda(split="train", *, interjections=True, form="prompt_completion", so
 
     split: 'train' or 'test'. form: 'prompt_completion' (columns prompt and completion, each
     a list with one message), 'messages' (one column, a user and an assistant message) or
-    'columns' (sentence, translation, translation_extra and, where there is one, kind).
+    'columns' (sentence, translation, translation_extra and whatever else a row has, None
+    in the rows that lack it).
     interjections: the assistant says translation_extra, which begins with a hum, instead of
     translation; 'columns' always has both.
     source: None for the packaged rows; 'hub' for the book's `dvgodoy/yoda_sentences`; or a
@@ -128,7 +129,8 @@ def _held_out(sentence):
 
 def _parse(text, where):
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold other line ends of Unicode as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -145,12 +147,13 @@ def _parse(text, where):
         rows.append(row)
     if not rows:
         raise ValueError(f"{where} has no rows")
-    return rows
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def _file_rows(source):
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8-sig")  # Windows marks its UTF-8
     except (OSError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"source={source!r} cannot be read ({error}); give None for the packaged rows, "

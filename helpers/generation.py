@@ -1,6 +1,7 @@
 """One `generate` for one prompt or many (Chapters 0 and 6)."""
 
 import contextlib
+from numbers import Integral
 
 import torch
 
@@ -39,7 +40,8 @@ def generate(
 
     prompts: a text, continued exactly as it stands (`chat_prompt` writes one), or a
         conversation (a list of messages), which gets the chat template; or a list of these.
-    response_only: leave the prompt out of what is returned.
+        Each is tokenized by itself: it gets the tokenizer's BOS unless it begins with it.
+    response_only: leave the prompt out of what is returned, and the white space around it.
     batch_size: how many go through the model together. They are padded on the *left*,
         so that the last token of every row is the one to be continued.
     Returns a str for one prompt, a list of str in the same order for a list.
@@ -52,10 +54,10 @@ def generate(
         )
     single = isinstance(prompts, str) or _is_conversation(prompts)
     texts = _texts(tokenizer, [prompts] if single else prompts)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a positive int, not {max_new_tokens!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, not {batch_size!r}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or value < 1:
+            raise ValueError(f"{name} must be a positive int, not {value!r}")
 
     answers = [None] * len(texts)
     # Similar lengths share a batch, so that little is padded.
@@ -114,17 +116,24 @@ def _texts(tokenizer, prompts):
     return texts
 
 
-def _generate_batch(model, tokenizer, texts, max_new_tokens, response_only):
-    # A template already wrote the special tokens; adding them again would double the BOS.
-    starts_with_bos = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
-    inputs = tokenizer(
-        texts,
-        return_tensors="pt",
+def _inputs(tokenizer, texts):
+    """Token ids and attention mask of texts, padded on the left, one BOS each at most."""
+    ids = []
+    for text in texts:
+        # A template already wrote the special tokens; to add them would double the BOS.
+        written = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        ids.append(tokenizer(text, add_special_tokens=not written)["input_ids"])
+    return tokenizer.pad(
+        {"input_ids": ids},
         padding=len(texts) > 1,
         padding_side="left",
-        add_special_tokens=not starts_with_bos,
-        return_token_type_ids=False,
-    ).to(model.device)
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+
+
+def _generate_batch(model, tokenizer, texts, max_new_tokens, response_only):
+    inputs = _inputs(tokenizer, texts).to(model.device)
     output = model.generate(
         **inputs,
         generation_config=_greedy(model, tokenizer, max_new_tokens),

@@ -7,33 +7,39 @@ leaves everything as it was.
 
 import contextlib
 import copy
+import gc
+import numbers
 import random
 
 import numpy as np
 import torch
 
-from helpers import memory
+from helpers import memory, runtime
 
 
 def find_max_batch_size(trainer, start=None, *, memory_budget=None):
     """The largest `per_device_train_batch_size` with which a run fits (Chapter 5).
 
-    Each try is a real forward, backward and optimizer step on the longest rows of the train
-    set. trainer: an SFTTrainer. start: the size to try first (default: what its arguments
-    say). memory_budget: bytes; default: the whole card on CUDA, what is available on a CPU,
-    where sizes that would not fit by what smaller ones took are never tried.
+    Each try is a real training step (`measure_step`) on the longest rows of the train set.
+    trainer: an SFTTrainer. start: the size to try first (default: what its arguments say).
+    memory_budget: bytes this run may take, its model included; default: on CUDA what the
+    card has left for it, on a CPU what is available to this process, where sizes that would
+    not fit by what smaller ones took are never tried.
     Weights, gradients, optimizer, random states, arguments and metrics stay as they were.
 
     Returns the size, at most the number of rows. Raises ValueError when not even one row
-    fits, saying what to change, and for bad arguments.
+    fits, saying what it takes and what to change, and for bad arguments.
     """
     rows = _longest_rows(trainer)
     start = trainer.args.per_device_train_batch_size if start is None else start
-    for name, value in (("start", start), ("memory_budget", memory_budget)):
-        whole = isinstance(value, int | float) and value == int(value) and value >= 1
-        if value is not None and (isinstance(value, bool) or not whole):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    budget = memory_budget or _available(trainer.model.device)
+    _check_size("start", start)
+    if memory_budget is not None:
+        number = isinstance(memory_budget, numbers.Real) and memory_budget >= 1
+        if isinstance(memory_budget, bool) or not number:
+            raise ValueError(
+                f"memory_budget must be a number of bytes, not {memory_budget!r}"
+            )
+    budget = memory_budget or _available(trainer.model)
     peaks = {}  # measured ones only: what was merely expected is no ground to stand on
 
     def fits(size):
@@ -63,6 +69,30 @@ def find_max_batch_size(trainer, start=None, *, memory_budget=None):
     return low
 
 
+def measure_step(trainer, batch_size=1):
+    """Peak bytes of one training step on the longest rows of the train set (Chapter 5).
+
+    What the run takes from its second step on: the model, the optimizer's states,
+    activations and gradients, with the autocast, the activation checkpointing, the
+    gradient scaler and the accumulation that its arguments ask for. Other models on the
+    card are not counted. trainer: an SFTTrainer, left as it was. batch_size: rows.
+
+    Returns bytes; infinity when memory ran out. Raises ValueError when batch_size is no
+    whole number of at least 1 or the train set has fewer rows.
+    """
+    rows = _longest_rows(trainer)
+    _check_size("batch_size", batch_size)
+    if batch_size > len(rows):
+        raise ValueError(f"batch_size={batch_size}, but trainer has {len(rows)} rows")
+    with _untouched(trainer):
+        return _peak(trainer, rows, batch_size)
+
+
+def _check_size(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
 def _longest_rows(trainer):
     dataset = trainer.train_dataset
     if dataset is None or len(dataset) == 0:
@@ -72,12 +102,22 @@ def _longest_rows(trainer):
     return [dataset[index] for index in order[:4096]]
 
 
-def _available(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    import psutil
+def _available(model):
+    """Bytes a run of this model may take, the model itself included."""
+    if model.device.type != "cuda":
+        return runtime.available_memory_bytes()
+    free, _ = torch.cuda.mem_get_info(model.device)
+    # What our allocator holds is not free for others, and still ours to use.
+    return free + torch.cuda.memory_reserved(model.device) - _foreign(model)
 
-    return psutil.virtual_memory().available
+
+def _foreign(model):
+    """Bytes on the model's card that this process holds for something else."""
+    if model.device.type != "cuda":
+        return 0  # there `memory.measure` counts what the step uses, and nothing else
+    gc.collect()  # what an earlier try left behind is nobody's any more
+    held = torch.cuda.memory_allocated(model.device)
+    return max(0, held - model.get_memory_footprint())
 
 
 def _extrapolate(peaks, size):
@@ -91,49 +131,85 @@ def _extrapolate(peaks, size):
 
 def _peak(trainer, rows, size):
     """Peak bytes of one training step with `size` rows; infinite when memory ran out."""
-    model, device = trainer.model, trainer.model.device
+    model = trainer.model
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = [p.detach().to("cpu", copy=True) for p in trained]
-    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    scaler = trainer.accelerator.scaler
+    trainer.accelerator.scaler = own_scaler = copy.deepcopy(scaler)
+    foreign = _foreign(model)
     try:
-        with memory.measure(device) as measured:
-            optimizer = optimizer_class(trained, **settings)
-            batch = trainer._prepare_inputs(trainer.data_collator(rows[:size]))
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch)
-            loss.backward()
-            optimizer.step()
-        return measured.peak_bytes
-    except torch.OutOfMemoryError:
+        with memory.measure(model.device) as measured:
+            _step(trainer, trained, rows[:size], own_scaler)
+        return measured.peak_bytes - foreign
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out(error):
+            raise
         return float("inf")
     finally:
-        batch = loss = optimizer = None
+        trainer.accelerator.scaler = scaler
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
-        if device.type == "cuda":
+        if model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _step(trainer, trained, rows, scaler):
+    """One step of a run that has been going for a while."""
+    model, args = trainer.model, trainer.args
+    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = optimizer_class(trained, **settings)
+    # From its second step on a run carries the optimizer's states through the forward pass,
+    # and while it accumulates, the gradients of the batches before.
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if args.gradient_accumulation_steps == 1:
+        optimizer.zero_grad()
+    batch = iter([trainer.data_collator(rows)])
+    [inputs], tokens = trainer.get_batch_samples(batch, 1, args.device)
+    trainer.training_step(trainer.accelerator.prepare_model(model), inputs, tokens)
+    if scaler is None:
+        optimizer.step()
+    else:  # takes its scale out of the gradients first
+        scaler.step(optimizer)
+
+
+def _ran_out(error):
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    # The driver and bitsandbytes have words of their own.
+    return known or should_reduce_batch_size(error) or "out of memory" in str(error)
 
 
 @contextlib.contextmanager
 def _untouched(trainer):
-    """Whatever the tries change is put back: modes, gradients, random states, metrics."""
+    """Prepare the model as `train()` does, and put back whatever that and the tries change:
+    modules, gradients, random states, metrics.
+    """
     model = trainer.model
-    training = model.training
+    modules = [(m, dict(vars(m)), m._forward_hooks.copy()) for m in model.modules()]
+    prepared = list(trainer.accelerator._models)
     gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     names = [n for n in ("_metrics", "_total_train_tokens") if hasattr(trainer, n)]
     noted = {name: copy.deepcopy(getattr(trainer, name)) for name in names}
-    model.train()
     unpacked = getattr(trainer, "weights_in_training", contextlib.nullcontext)
     try:
         with unpacked():
+            _enable_checkpointing(trainer)
             yield
     finally:
-        model.train(training)
+        for module, attributes, hooks in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+        trainer.accelerator._models[:] = prepared
         for parameter, gradient in gradients:
             parameter.grad = gradient
         random.setstate(states[0])
@@ -143,6 +219,17 @@ def _untouched(trainer):
             torch.cuda.set_rng_state_all(cuda)
         for name, value in noted.items():
             setattr(trainer, name, value)
+
+
+def _enable_checkpointing(trainer):
+    # As the first lines of transformers' `train()`: before them the model has none.
+    if trainer.args.activation_checkpointing:
+        settings = dict(trainer.args.activation_checkpointing_kwargs or {})
+        trainer.model.activation_checkpointing_enable(
+            every_n_layers=settings.pop("every_n_layers", 1),
+            offload=settings.pop("offload", False),
+            activation_checkpointing_kwargs=settings or None,
+        )
 
 
 def _said(peak):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import yaml
+
 BACKENDS = ("single", "ddp", "fsdp2", "deepspeed")
 # Decided by the machine or the folder, or of no use in a file.
 LEFT_OUT = {
@@ -27,11 +29,14 @@ LEFT_OUT = {
     "per_device_train_batch_size",
     "gradient_checkpointing",  # the old name of activation_checkpointing
 }
+# What a LoraConfig notes about itself; not a choice.
+NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"}
+NOTES |= {"base_model_name_or_path", "revision"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The folder that was written, and the commands that run it."""
+    """The folder that was written, and the command that runs it, as one types it."""
 
     folder: Path
     command: list
@@ -39,8 +44,7 @@ class Recipe:
 
     def __str__(self):
         files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
-        shown = ["python" if part == sys.executable else part for part in self.command]
-        lines = [f"{self.folder}: {files}", " ".join(shown)]
+        lines = [f"{self.folder}: {files}", " ".join(self.command)]
         return "\n".join([*lines, self.note] if self.note else lines)
 
     __repr__ = __str__
@@ -67,10 +71,14 @@ def export_recipe(
     'nf4' (double quantization). tokenizer: its chat template, EOS and padding token follow.
     backend: 'single', 'ddp', 'fsdp2', 'deepspeed' (ZeRO 2). processes: how many; the
     batch of `args` is divided among them, so that an update sees the same rows.
-    Raises ValueError for choices that contradict each other.
+    Raises ValueError for choices that contradict each other, for settings that the files
+    cannot say, and for more processes than this machine has GPUs. A machine without any
+    may write for another one.
     """
     folder = Path(folder)
     _check(folder, args, lora, quantization, backend, processes)
+    if cards := _cards():
+        _check_cards(processes, args.use_cpu, cards)
     recipe = {
         "model_name_or_path": str(model),
         "dtype": str(dtype).removeprefix("torch."),
@@ -107,18 +115,20 @@ def run_recipe(recipe, *, threads=1, limit_s=1800, leave_s=60):
     leave_s: its processes are stopped when training has ended and for so long nothing was
     written. PyTorch 2.13's gloo can wait for itself for good while the interpreter shuts
     down: its destructor holds the lock that its own thread needs.
-    Raises RuntimeError with the end of the output if it fails, TimeoutError at the limit.
+    Raises ValueError when its files want more GPUs than there are here, RuntimeError with
+    the end of the output if it fails, TimeoutError at the limit.
     """
-    command = list(recipe.command)
-    command[0] = str(Path(sys.executable).parent / command[0])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = _environment(recipe.folder) | {"OMP_NUM_THREADS": str(threads)}
     log = recipe.folder / "log.txt"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, *recipe.command[1:]],  # this Python, whatever `python` is
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
     started = time.monotonic()
-    what = f"{' '.join(map(str, recipe.command))}, whose output is in {log},"
+    what = f"{' '.join(recipe.command)}, whose output is in {log},"
     try:
         while (status := process.poll()) is None:
             time.sleep(0.2)
@@ -134,7 +144,39 @@ def run_recipe(recipe, *, threads=1, limit_s=1800, leave_s=60):
         _stop(process)
     if status:
         raise RuntimeError(f"{what} failed. Its end:\n{_text_of(log)[-1500:]}")
-    return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", _text_of(log))]
+    return [float(loss) for loss in re.findall(r"'loss': '?([^',}]+)", _text_of(log))]
+
+
+def _environment(folder):
+    """The variables of a run, after a look at what its files want of this machine."""
+    # From the files, which a reader may have changed; each of them can say CPU.
+    settings, launch = (
+        yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+        for name in ("recipe.yaml", "accelerate.yaml")
+    )
+    use_cpu = settings.get("use_cpu", False) or launch["use_cpu"]
+    _check_cards(launch["num_processes"], use_cpu, _cards())
+    environment = dict(os.environ)
+    if launch["num_processes"] == 1 and _cards() > 1:  # or TRL refuses nn.DataParallel
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    return environment
+
+
+def _cards():
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_cards(processes, use_cpu, cards):
+    # NCCL stops two processes on one card, with words that do not say so.
+    if processes > 1 and not use_cpu and processes > cards:
+        raise ValueError(
+            f"processes={processes} with use_cpu=False needs {processes} GPUs, and here "
+            f"{'is' if cards == 1 else 'are'} {cards}; use SFTConfig(use_cpu=True), which "
+            "runs them on the CPU, fewer processes, or a machine with as many GPUs"
+        )
 
 
 def _stop(process):
@@ -190,26 +232,34 @@ def _check(folder, args, lora, quantization, backend, processes):
 
 def _arguments(args):
     """The fields of an SFTConfig that differ from its defaults."""
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
     found = {}
-    for field in dataclasses.fields(args):
-        if not field.init or field.name in LEFT_OUT:
+    for name, value in _changed(args):
+        if name in LEFT_OUT or value in ([], {}) or value == AcceleratorConfig():
             continue
+        if not isinstance(value, str | int | float | bool | None | list | dict):
+            raise ValueError(f"args.{name}={value!r} cannot be written into a file")
+        found[name] = value
+    return found
+
+
+def _changed(config):
+    """(name, value) of the fields of a dataclass that differ from their defaults."""
+    for field in dataclasses.fields(config):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        value = getattr(args, field.name)
+        value = getattr(config, field.name)
         value = value.value if isinstance(value, Enum) else value
         default = default.value if isinstance(default, Enum) else default
-        plain = isinstance(value, str | int | float | bool | None | list | dict)
-        if plain and value != default and value not in ([], {}):
-            found[field.name] = value
-    return found
+        if field.init and value != default:
+            yield field.name, value
 
 
 def _adapter(lora):
     if lora is None:
         return {}
-    targets = lora.target_modules
     chosen = {
         "use_peft": True,
         "lora_r": lora.r,
@@ -217,14 +267,25 @@ def _adapter(lora):
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
+        "lora_target_modules": _targets(lora.target_modules),
+        "lora_modules_to_save": lora.modules_to_save and list(lora.modules_to_save),
     }
-    if targets is not None:
-        chosen["lora_target_modules"] = (
-            [targets] if isinstance(targets, str) else sorted(targets)
+    said = NOTES | set(chosen) | {name.removeprefix("lora_") for name in chosen}
+    unsaid = [f"{name}={value!r}" for name, value in _changed(lora) if name not in said]
+    if unsaid:
+        raise ValueError(
+            f"lora has {', '.join(unsaid)}, which `trl sft` has no setting for: the recipe "
+            "would train another model. Leave it out, or train with a script of your own"
         )
-    if lora.modules_to_save:
-        chosen["lora_modules_to_save"] = list(lora.modules_to_save)
-    return chosen
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _targets(modules):
+    if modules is None or isinstance(modules, str):
+        return modules and [modules]
+    # TRL takes a list of one for a pattern that must match a module's whole name.
+    alone = [rf"(.*\.)?{re.escape(name)}" for name in modules]
+    return alone if len(alone) == 1 else sorted(modules)
 
 
 def _quantization(quantization, dtype, backend):
@@ -276,15 +337,15 @@ def _accelerate(backend, processes, args):
 
 def _recipe(folder, backend, processes):
     recipe = str(folder / "recipe.yaml")
+    # By module: where scripts like `trl` lie differs, and on Colab not beside Python.
+    train = ["-m", "trl.scripts.sft", "--config", recipe]
     if backend == "single":
-        return Recipe(folder, ["trl", "sft", "--config", recipe])
-    script = "trl.scripts.sft"
-    launch = ["accelerate", "launch", "--config_file", str(folder / "accelerate.yaml")]
+        return Recipe(folder, ["python", *train])
+    launch = ["-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(folder / "accelerate.yaml")]
     note = "DeepSpeed has not been run by this course." if backend == "deepspeed" else ""
-    return Recipe(folder, [*launch, "-m", script, "--config", recipe], note)
+    return Recipe(folder, ["python", *launch, *train], note)
 
 
 def _write(path, content):
-    import yaml
-
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
-from helpers.largest_batch import find_max_batch_size
+from helpers.largest_batch import find_max_batch_size, measure_step
 from helpers.models import dequantized_once
 from helpers.recipes import export_recipe, run_recipe
 
@@ -23,6 +23,7 @@ __all__ = [
     "find_max_batch_size",
     "machine_settings",
     "match_dtypes",
+    "measure_step",
     "run_recipe",
     "simple_loop",
 ]
@@ -34,7 +35,8 @@ def machine_settings(runtime):
     runtime: what `runtime.start()` returned. On a CPU activation checkpointing is off
     (memory is plenty, recomputing costs time) and so is autocast, since the model was
     loaded in the dtype it should compute in. A GPU gets autocast in its native 16-bit
-    type. Rows of similar length share a batch, so that little padding is computed.
+    type. Rows of similar length share a batch, so that little padding is computed. A loss
+    that is not a number is logged as such; transformers would log the others' mean instead.
     """
     on_gpu = runtime.device == "cuda"
     return {
@@ -44,20 +46,29 @@ def machine_settings(runtime):
         "activation_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,
         "train_sampling_strategy": "group_by_length",
+        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "report_to": "none",
     }
 
 
+# What TRL's head scores at once, tokens x vocabulary. Up to this its tiles save nothing.
+TILE = 4096 * 32_768
+
+
 class LeanSFTTrainer(SFTTrainer):
-    """SFTTrainer that computes vocabulary scores only where a label is trained.
+    """SFTTrainer for short answers: vocabulary scores only where a label is trained.
 
     The same loss and gradients as SFTTrainer's (tested), without scores for the prompt
     and padding, without the tokens behind the last trained one, and without entropy
-    metrics, which on a CPU cost more than the adapters.
+    metrics, which on a CPU cost more than the adapters. It forgoes TRL's head, which never
+    holds more scores than a tile: on a GPU, where the answers of a batch would need more
+    (`tiles_save_memory`), that head computes the loss after all. Where no token is trained
+    the loss is nan, as the model's own is, and not TRL's 0.
     On a CPU all that is not quantized shares one dtype, and 4-bit weights are unpacked
     once per run instead of twice per step (`match_dtypes`, `dequantized_once`). With
     `fp16=True` (a T4) what is trained is float32, the only type the gradient scaler takes.
+    Where a notebook sees several cards it trains on the first.
     """
 
     def __init__(self, *args, **kwargs):
@@ -70,6 +81,16 @@ class LeanSFTTrainer(SFTTrainer):
                     parameter.data = parameter.data.float()
         elif self.args.use_cpu:  # a GPU mixes types for free, and has no memory to spare
             match_dtypes(self.model)
+
+    def create_accelerator_and_postprocess(self):
+        """Settle for one card before the parent looks how many there are.
+
+        One process that sees several would wrap the model in `nn.DataParallel`, which TRL
+        refuses; processes of their own (`accelerate launch`) see one each.
+        """
+        if self.args.n_gpu > 1:
+            self.args._n_gpu = 1
+        super().create_accelerator_and_postprocess()
 
     def train(self, *args, **kwargs):
         """Train as the parent does; on a CPU, with weights dequantized once."""
@@ -88,24 +109,32 @@ class LeanSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy over the trained tokens of the (accumulated) batch."""
-        if return_outputs:
-            return super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
         # The scores at position t predict the token at t + 1.
-        targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        many = tiles_save_memory(targets.device.type, targets, vocabulary)
+        if return_outputs or many:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
         targets, inputs = _without_tail(targets, inputs)
         trained = targets != -100
         with _scores_only_at(model, trained):
             logits = model(**inputs, use_cache=False).logits
         loss = functional.cross_entropy(logits.float(), targets[trained], reduction="sum")
         if num_items_in_batch is None:
-            return loss / trained.sum().clamp(min=1)
+            return loss / trained.sum()
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return loss / num_items_in_batch
+
+
+def tiles_save_memory(device, targets, vocabulary):
+    """Whether a batch has more scores than TRL's head holds at once, on a GPU (Chapter 5).
+
+    device: 'cuda' or 'cpu', where that head is slower and memory plenty. targets: labels of
+    any shape, -100 where none is trained. vocabulary: rows of the head.
+    """
+    return device == "cuda" and int((targets != -100).sum()) * vocabulary > TILE
 
 
 def _without_tail(targets, inputs):
@@ -139,10 +168,12 @@ def simple_loop(
     batches: dicts with input_ids, attention_mask and labels of shape (rows, tokens), -100
     where nothing is learned. accumulation: batches per update. schedule, warmup_steps: as
     `lr_scheduler_type` and `warmup_steps`. max_norm: gradients are clipped to it.
-    The losses equal SFTTrainer's on the same batches (tested).
+    The losses equal SFTTrainer's on the same batches (tested). There is no gradient scaler:
+    raises ValueError for a float16 model, whose small gradients would become zero.
     """
     from transformers import get_scheduler
 
+    _refuse_float16(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     groups = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
@@ -170,6 +201,14 @@ def simple_loop(
     return losses
 
 
+def _refuse_float16(model):
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise ValueError(
+            "model holds float16 weights, which need a gradient scaler: load it with "
+            "dtype='float32' (or 'bfloat16'), or train it with LeanSFTTrainer and fp16=True"
+        )
+
+
 def match_dtypes(model):
     """Cast what is not quantized to the dtype the model computes in; returns the model.
 
@@ -178,7 +217,9 @@ def match_dtypes(model):
     disagreement is a cast per layer and step, or silently the slower kind of product.
     """
     config = getattr(model.config, "quantization_config", None)
-    dtype = getattr(config, "bnb_4bit_compute_dtype", None) or model.dtype
+    # A config of 8-bit layers has a 4-bit compute dtype too, which nothing computes in.
+    four_bit = getattr(config, "load_in_4bit", False)
+    dtype = config.bnb_4bit_compute_dtype if four_bit else model.dtype
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
@@ -190,7 +231,8 @@ class LiveLoss(TrainerCallback):
 
     Add it to a trainer: `callbacks=[LiveLoss()]`. In a notebook one figure is redrawn at
     every log and stays when training ends; in a terminal it prints a line per log.
-    `.table()` gives the numbers as a DataFrame, `.plot()` the figure, afterwards too.
+    `.table()` gives the numbers as a DataFrame, `.plot()` the figure, afterwards too; both
+    raise ValueError before anything was logged. An evaluation before training is step 0.
     """
 
     def __init__(self):
@@ -199,8 +241,9 @@ class LiveLoss(TrainerCallback):
         self._started = None
 
     def on_train_begin(self, args, state, control, **_):
-        """Start the clock."""
-        self.history.clear()
+        """Start the clock; of what was logged, keep a first evaluation of this model."""
+        if any(row["step"] for row in self.history):
+            self.history.clear()
         self._handle = None
         self._started = time.perf_counter()
 
@@ -209,7 +252,8 @@ class LiveLoss(TrainerCallback):
         if not logs or not {"loss", "eval_loss"} & set(logs):
             return
         entry = {"step": state.global_step, "epoch": round(state.epoch or 0, 2)}
-        entry["seconds"] = round(time.perf_counter() - self._started, 1)
+        now = time.perf_counter()
+        entry["seconds"] = round(now - (self._started or now), 1)  # before training: 0
         if "loss" in logs:
             entry["loss"] = logs["loss"]
         if "eval_loss" in logs:
@@ -236,11 +280,19 @@ class LiveLoss(TrainerCallback):
         else:
             self._handle.update(self.plot())
 
+    def _logged(self):
+        if not self.history:
+            raise ValueError(
+                "LiveLoss has no log yet: give it to a trainer (callbacks=[live]) and "
+                "train or evaluate; logging_steps must be no more than the run has steps"
+            )
+        return self.history
+
     def table(self):
         """What was logged: step, epoch, seconds, loss and held-out loss, as a DataFrame."""
         import pandas as pd
 
-        return pd.DataFrame(self.history).set_index("step")
+        return pd.DataFrame(self._logged()).set_index("step")
 
     def plot(self):
         """The loss against the step, on a logarithmic scale; a matplotlib Figure."""
@@ -251,7 +303,7 @@ class LiveLoss(TrainerCallback):
             ("loss", "blue", ""),
             ("held-out loss", "orange", "o"),
         ):
-            points = [(row["step"], row[name]) for row in self.history if name in row]
+            points = [(row["step"], row[name]) for row in self._logged() if name in row]
             if points:
                 ax.plot(
                     *zip(*points, strict=True),

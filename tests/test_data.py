@@ -396,6 +396,36 @@ def test_a_file_is_split_by_its_sentences(tmp_path):
     assert list(again["sentence"]) == list(test["sentence"])[::-1]
 
 
+def test_line_ends_inside_a_text_are_its_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [row for row in ROWS["train"][:9] if not data._held_out(row["sentence"])]
+    ends = "\u2028\u2029\u0085"
+    rows = [row | {"note": f"one{end}two"} for row, end in zip(rows, ends, strict=False)]
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    read = data.load_yoda(form="columns", source=path)
+    assert list(read["note"]) == [f"one{end}two" for end in ends]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_from_windows_is_read(tmp_path, encoding, end):
+    path = tmp_path / "mine.jsonl"
+    rows = [row for row in ROWS["train"][:9] if not data._held_out(row["sentence"])]
+    path.write_bytes(end.join(map(json.dumps, rows)).encode(encoding))
+    read = data.load_yoda(form="columns", source=path)
+    assert list(read["sentence"]) == [row["sentence"] for row in rows]
+
+
+def test_a_column_that_the_first_row_lacks_is_kept(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [row for row in ROWS["train"][:9] if not data._held_out(row["sentence"])]
+    first = {name: text for name, text in rows[0].items() if name != "kind"}
+    path.write_text("\n".join(map(json.dumps, [first, *rows[1:]])))
+    read = data.load_yoda(form="columns", source=path)
+    assert list(read["kind"]) == [None, *(row["kind"] for row in rows[1:])]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

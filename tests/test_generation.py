@@ -1,3 +1,8 @@
+import copy
+import itertools
+
+import chat_families
+import numpy as np
 import pytest
 
 from helpers import chat, generation
@@ -17,9 +22,10 @@ def prompts(tokenizer):
 def test_a_text_gives_a_text_and_a_list_gives_a_list(embedded, tokenizer, prompts):
     answer = generation.generate(embedded, tokenizer, prompts[0], max_new_tokens=12)
     assert answer == "The capital of France is Paris."
-    assert generation.generate(embedded, tokenizer, prompts[:1], max_new_tokens=12) == [
-        answer
-    ]
+    answers = generation.generate(
+        embedded, tokenizer, prompts[:1], max_new_tokens=np.int64(12)
+    )
+    assert answers == [answer]
 
 
 def test_batches_answer_like_single_prompts_in_the_given_order(
@@ -98,6 +104,37 @@ def test_the_head_sees_one_whole_row_per_prompt(embedded, tokenizer, prompts):
     assert not head._forward_pre_hooks, "nothing is left on the model"
 
 
+@pytest.mark.parametrize("family", ["llama-3", "gemma", "mistral"])
+def test_every_text_gets_one_bos_alone_and_in_any_company(family):
+    made = chat.prepare_tokenizer(chat_families.tokenizer(family))
+    talk = [{"role": "user", "content": "Hi"}]
+    texts = [generation.chat_prompt(made, talk), "A plain text, longer than the talk is."]
+    texts.append("Hi")
+    alone = [generation._inputs(made, [text]).input_ids[0].tolist() for text in texts]
+    assert [ids.count(made.bos_token_id) for ids in alone] == [1, 1, 1]
+    assert all(ids[0] == made.bos_token_id for ids in alone)
+    for order in itertools.permutations(range(3)):
+        batch = generation._inputs(made, [texts[index] for index in order])
+        for row, mask, index in zip(
+            batch.input_ids, batch.attention_mask.bool(), order, strict=True
+        ):
+            assert row[mask].tolist() == alone[index]
+            assert (row[~mask] == made.pad_token_id).all() and mask[-1], "padded left"
+
+
+def test_a_mixed_list_is_answered_as_each_alone(embedded):
+    made = chat.prepare_tokenizer(chat_families.tokenizer("llama-3"))
+    model = chat.prepare_model(copy.deepcopy(embedded), made)
+    prompts = ["Once upon a time", [{"role": "user", "content": QUESTIONS[0]}], "Hi"]
+    alone = [generation.generate(model, made, p, max_new_tokens=6) for p in prompts]
+    assert generation.generate(model, made, prompts, max_new_tokens=6) == alone
+    shown = generation.generate(
+        model, made, prompts, max_new_tokens=2, response_only=False,
+        skip_special_tokens=False,
+    )  # fmt: skip
+    assert [text.count(made.bos_token) for text in shown] == [1, 1, 1]
+
+
 def test_an_empty_list_gives_an_empty_list(embedded, tokenizer):
     assert generation.generate(embedded, tokenizer, []) == []
 
@@ -109,6 +146,7 @@ def test_an_empty_list_gives_an_empty_list(embedded, tokenizer):
         ([3], {}, TypeError, "holds int"),
         ("", {}, ValueError, "empty text"),
         ("Hi", {"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ("Hi", {"max_new_tokens": True}, ValueError, "max_new_tokens"),
         ("Hi", {"batch_size": 0}, ValueError, "batch_size"),
     ],
 )

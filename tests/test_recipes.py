@@ -1,14 +1,18 @@
 """What `export_recipe` writes really runs, in one process and in two."""
 
+import math
+import os
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTConfig
+from trl import SFTConfig, get_peft_config
+from trl.scripts.sft import make_parser
 
 from helpers import chat, data, models, recipes, training
 
@@ -74,8 +78,8 @@ def test_the_folder_holds_all_that_is_needed(export):
     assert written["learning_rate"] == 1e-2 and written["bf16"] is False
     assert written["use_peft"] is True and written["lora_target_modules"] == ["all-linear"]
     assert "weight_decay" not in written, "defaults stay out"
-    assert recipe.command[:2] == ["trl", "sft"]
-    assert "recipe.yaml" in str(recipe)
+    command = f"python -m trl.scripts.sft --config {recipe.folder / 'recipe.yaml'}"
+    assert str(recipe).splitlines()[1] == " ".join(recipe.command) == command
 
 
 def test_the_batch_is_shared_out(export):
@@ -85,6 +89,8 @@ def test_the_batch_is_shared_out(export):
     config = yaml.safe_load((recipe.folder / "accelerate.yaml").read_text())
     assert config["distributed_type"] == "FSDP" and config["num_processes"] == 2
     assert config["fsdp_config"]["fsdp_version"] == 2
+    assert "python -m accelerate.commands.launch --config_file" in str(recipe)
+    assert " -m trl.scripts.sft --config" in str(recipe)
 
 
 def test_quantization_and_deepspeed_are_written_and_the_untried_is_said(export):
@@ -94,11 +100,14 @@ def test_quantization_and_deepspeed_are_written_and_the_untried_is_said(export):
     assert "not been run" in str(recipe)
 
 
-def stand_in(tmp_path, code):
+def stand_in(tmp_path, code, processes=1, use_cpu=True):
     """A recipe whose command is a Python program of ours."""
     folder = tmp_path / "stand-in"
     folder.mkdir()
-    return recipes.Recipe(folder, [sys.executable, "-c", code])
+    launch = {"num_processes": processes, "use_cpu": use_cpu}
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(launch))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 3}))
+    return recipes.Recipe(folder, ["python", "-c", code])
 
 
 def still_asleep():
@@ -132,12 +141,132 @@ def test_a_run_that_fails_or_takes_too_long_is_quoted(tmp_path):
     recipe = stand_in(tmp_path, ENDED + "raise OSError('the disk is full')")
     with pytest.raises(RuntimeError, match="the disk is full"):
         training.run_recipe(recipe)
-    slow = recipes.Recipe(
-        recipe.folder, [sys.executable, "-c", "import time; time.sleep(99)"]
-    )
+    slow = recipes.Recipe(recipe.folder, ["python", "-c", "import time; time.sleep(99)"])
     with pytest.raises(TimeoutError, match="limit_s=1"):
         training.run_recipe(slow, limit_s=1)
     assert still_asleep() == []
+
+
+def test_losses_are_read_whatever_they_look_like(tmp_path):
+    # As transformers prints them, four digits and text; a progress bar may share the line.
+    code = (
+        "print({'loss': '5e-05', 'grad_norm': '1.2'}, {'eval_loss': '7', 'loss': 'nan'})\n"
+        "print('50%|##|', {'loss': 'inf'}, {'loss': 2.25}, {'train_loss': '9'})"
+    )
+    found = training.run_recipe(stand_in(tmp_path, code))
+    assert found == pytest.approx([5e-05, math.nan, math.inf, 2.25], nan_ok=True)
+
+
+# ── cards ────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def cards(monkeypatch):
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+TWO = {"backend": "fsdp2", "processes": 2}
+ON_CARDS = {"use_cpu": False}
+
+
+def test_more_processes_than_cards_are_refused(export, cards, tmp_path):
+    on_cards = SFTConfig(str(tmp_path / "x"), **SETTINGS | ON_CARDS)
+    cards(1)
+    with pytest.raises(
+        ValueError, match=r"processes=2 .* needs 2 GPUs, and here is 1; use"
+    ):
+        export(args=on_cards, **TWO)
+    assert not (tmp_path / "recipe").exists()
+    export("on the CPU", **TWO)
+    cards(2)
+    export(args=on_cards, **TWO)
+
+
+def test_a_recipe_for_another_machine_is_written_and_not_run_here(export, cards, tmp_path):
+    cards(0)
+    recipe = export(args=SFTConfig(str(tmp_path / "x"), **SETTINGS | ON_CARDS), **TWO)
+    with pytest.raises(ValueError, match=r"processes=2 .* here are 0; use .*use_cpu=True"):
+        training.run_recipe(recipe)
+    assert not (recipe.folder / "log.txt").exists(), "nothing was started"
+
+
+def test_a_file_that_was_changed_to_the_cpu_is_taken_at_its_word(tmp_path, cards):
+    cards(1)
+    recipe = stand_in(tmp_path, ENDED, processes=2, use_cpu=False)
+    with pytest.raises(ValueError, match="needs 2 GPUs"):
+        training.run_recipe(recipe)
+    (recipe.folder / "recipe.yaml").write_text("use_cpu: true")
+    assert training.run_recipe(recipe) == [1.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "expected"),
+    [(1, None, "None"), (2, None, "0"), (2, "3,1", "3")],
+)
+def test_one_process_sees_one_card(tmp_path, cards, monkeypatch, count, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cards(count)
+    code = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    recipe = stand_in(tmp_path, code, use_cpu=False)
+    training.run_recipe(recipe)
+    assert (recipe.folder / "log.txt").read_text().strip() == expected
+
+
+# ── what a recipe can say ────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"bias": "all"},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [1]},
+        {"ensure_weight_tying": True},
+    ],
+)
+def test_an_adapter_that_a_recipe_cannot_say_is_refused(export, tmp_path, setting):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], **setting)
+    with pytest.raises(ValueError, match=f"lora has {next(iter(setting))}="):
+        export(lora=lora)
+    assert not (tmp_path / "recipe").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.1\..*_proj", "use_rslora": True, "task_type": "CAUSAL_LM"},
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"], "use_dora": True},
+    ],
+)
+def test_trl_reads_the_adapter_that_was_meant(export, model, settings):
+    def adapted(config):
+        base = LlamaForCausalLM.from_pretrained(model)
+        return {n: p.shape for n, p in get_peft_model(base, config).named_parameters()}
+
+    meant = LoraConfig(r=3, lora_alpha=5, **settings)
+    recipe = export(lora=meant)
+    given = ["--config", str(recipe.folder / "recipe.yaml")]
+    _, _, said, _ = make_parser().parse_args_and_config(given)
+    read = get_peft_config(said)
+    assert adapted(read) == adapted(meant)
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
+        assert getattr(read, name) == getattr(meant, name)
+
+
+def test_an_argument_that_is_no_text_is_refused(export, tmp_path):
+    args = SFTConfig(str(tmp_path / "x"), **SETTINGS)
+    args.accelerator_config.even_batches = False
+    with pytest.raises(ValueError, match=r"args.accelerator_config=.*cannot be written"):
+        export(args=args)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +295,18 @@ def test_an_existing_folder_is_kept(export, tmp_path):
 
 
 # ── that it runs ─────────────────────────────────────────────────────────────────────────
+def test_no_script_needs_to_lie_beside_python(export, monkeypatch, tmp_path):
+    # On Colab Python is /usr/bin/python3 and `trl` lies in /usr/local/bin.
+    (tmp_path / "bin").mkdir()
+    alone = tmp_path / "bin" / "python3"
+    alone.symlink_to(Path(sys.executable).resolve())
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(packages))
+    monkeypatch.setattr(sys, "executable", str(alone))
+    losses = training.run_recipe(export(settings={"max_steps": 1}))
+    assert len(losses) == 1 and 0 < losses[0] < 20
+
+
 @pytest.mark.slow
 def test_one_process_and_two_agree(export):
     alone = training.run_recipe(export("alone"))

@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 
 import pytest
@@ -102,6 +103,68 @@ def test_scores_are_computed_for_trained_tokens_only(tmp_path, prepared, rows):
     assert not model.lm_head._forward_pre_hooks  # the narrowing is gone again
 
 
+def lean(tmp_path, prepared, rows, **changes):
+    return training.LeanSFTTrainer(
+        model=tiny(),
+        args=settings(tmp_path, **changes),
+        train_dataset=rows,
+        processing_class=prepared,
+    )
+
+
+def test_a_batch_that_trains_nothing_has_no_number_for_a_loss(tmp_path, prepared, rows):
+    trainer = lean(tmp_path, prepared, rows)
+    collate = trainer.data_collator
+
+    def masked(examples):
+        batch = collate(examples)
+        batch["labels"][:] = -100
+        return batch
+
+    batch = masked([trainer.train_dataset[0]])
+    model_says = tiny()(batch["input_ids"], labels=batch["labels"]).loss
+    for tokens in (None, torch.tensor(0)):
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens)
+        assert torch.isnan(loss) and torch.isnan(model_says)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.data_collator = masked
+    assert all(math.isnan(loss) for loss in losses(trainer)), "and the log shows it"
+    after = list(trainer.model.parameters())
+    assert all(map(torch.equal, before, after)), "no nan reaches a weight"
+
+
+def test_many_scores_go_through_the_tiles_of_trl(tmp_path, prepared, rows, monkeypatch):
+    short = torch.full((8, 64), -100)
+    short[:, -20:] = 5
+    long = torch.full((8, 1024), 5)
+    assert not training.tiles_save_memory("cuda", short, 49_152)
+    assert training.tiles_save_memory("cuda", long, 49_152)
+    assert not training.tiles_save_memory("cpu", long, 49_152)
+    one_tile = torch.full((1, 4096), 5)
+    assert not training.tiles_save_memory("cuda", one_tile, 32_768)
+    assert training.tiles_save_memory("cuda", one_tile, 32_769)
+
+    trainer = lean(tmp_path, prepared, rows)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    ours = trainer.compute_loss(trainer.model, dict(batch))
+    assert not trainer._metrics["train"]
+    monkeypatch.setattr(training, "tiles_save_memory", lambda *_: True)
+    theirs = trainer.compute_loss(trainer.model, dict(batch))
+    assert trainer._metrics["train"]["entropy"], "TRL's own loss, metrics included"
+    assert theirs.item() == pytest.approx(ours.item(), abs=1e-4)
+
+
+def test_where_two_cards_are_visible_one_is_used(tmp_path, prepared, rows):
+    args = settings(tmp_path)
+    args._n_gpu = 2  # what transformers counts in a notebook with two cards
+    common = {"train_dataset": rows, "processing_class": prepared}
+    with pytest.raises(ValueError, match=r"nn\.DataParallel"):
+        SFTTrainer(tiny(), args=copy.copy(args), **common)
+    trainer = training.LeanSFTTrainer(tiny(), args=args, **common)
+    assert trainer._train_batch_size == args.per_device_train_batch_size
+    assert len(losses(trainer)) == 2
+
+
 def test_evaluation_inside_the_trainer_still_works(tmp_path, prepared, rows):
     live = training.LiveLoss()
     trainer = training.LeanSFTTrainer(
@@ -162,6 +225,17 @@ def test_match_dtypes_leaves_one_dtype_and_the_codes_alone(quantized):
     assert kinds == {torch.float32, torch.uint8}
     after = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight
     assert torch.equal(codes, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_match_dtypes_keeps_an_int8_model_in_the_dtype_it_computes_in(dtype):
+    model = models.load_model(
+        models.EMBEDDED, quantization="int8", dtype=dtype, device="cpu"
+    )
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert {p.dtype for p in model.parameters()} >= {torch.int8, torch.float32}
+    training.match_dtypes(model)
+    assert {p.dtype for p in model.parameters()} == {torch.int8, dtype}
 
 
 def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
@@ -252,6 +326,34 @@ def test_live_loss_prints_in_a_terminal(tmp_path, prepared, rows, capsys):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_evaluation_before_training_is_step_0_of_the_curve(tmp_path, prepared, rows):
+    live = training.LiveLoss()
+    trainer = training.LeanSFTTrainer(
+        model=tiny(),
+        args=settings(tmp_path),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=prepared,
+        callbacks=[live],
+    )
+    base = trainer.evaluate()["eval_loss"]
+    assert list(live.table().index) == [0]
+    trainer.train()
+    table = live.table()
+    assert list(table.index) == [0, 1, 2]
+    assert table.loc[0, "held-out loss"] == base and table.loc[0, "seconds"] == 0
+    assert table.loc[1:, "loss"].notna().all()
+    trainer.train()
+    assert list(live.table().index) == [1, 2], "a second run starts a new curve"
+
+
+def test_a_curve_without_a_point_says_what_is_missing(tmp_path, prepared, rows):
+    live = training.LiveLoss()
+    for ask in (live.table, live.plot):
+        with pytest.raises(ValueError, match="no log yet: give it to a trainer"):
+            ask()
+
+
 # ── the loop in plain PyTorch ────────────────────────────────────────────────────────────
 def ten_steps(tmp_path, prepared, kind=SFTTrainer, accumulation=1, **changes):
     """A trainer for ten updates in the order of the rows, and the batches it will see."""
@@ -309,3 +411,12 @@ def test_accumulation_and_a_larger_batch_give_the_same_update(tmp_path, prepared
     assert loss_one == pytest.approx(loss_four, abs=1e-5)
     assert (one - four).abs().max() < 2e-4, "an AdamW step of 1e-3 would show"
     assert (one - four).abs().mean() < 1e-7
+
+
+def test_the_plain_loop_refuses_float16_which_wants_a_scaler():
+    for model in (tiny().half(), get_peft_model(tiny().half(), LoraConfig(r=2))):
+        with pytest.raises(
+            ValueError, match="float16 weights, which need a gradient scaler"
+        ):
+            training.simple_loop(model, [], lr=1e-3)
+    assert training.simple_loop(tiny().bfloat16(), [], lr=1e-3) == []
