@@ -156,7 +156,7 @@ def _memory():
     total, free = runtime._memory_bytes("cpu"), runtime.available_memory_bytes()
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < 6 * GIB:
-        return WARN, f"{text}; Chapter 0 on a CPU takes 5: close other notebooks"
+        return WARN, f"{text}; Chapter 0 on a CPU takes 4: close other notebooks"
     return OK, text
 
 
@@ -350,9 +350,9 @@ def page():
         'here; so does `doctor.explain("the model never stops")`. '
         "`python -m helpers doctor` checks the machine.",
         f"Of the {len(SYMPTOMS)} entries, {len(raised) - own} are errors that the "
-        "libraries really raise in this course's tests (a second card or a broken "
-        f"installation is pretended there, the error is not); {own} more are messages of "
-        "the course itself. Those marked ° could not be raised on a machine without a GPU "
+        "libraries really raise in this course's tests (some pretend a second card or a "
+        "broken installation; the error they get is the library's own); "
+        f"{own} more are messages of the course itself. Those marked ° could not be raised on a machine without a GPU "
         "or the Hub. This page is written by `python -m helpers sync` from "
         "`helpers/symptoms.py`.",
     ]

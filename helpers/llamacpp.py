@@ -149,11 +149,15 @@ def _trial(folder):
     return llamacpp_trial.run(folder / _executable("llama-perplexity"))
 
 
-@functools.cache
 def uses_card():
-    """Whether the llama.cpp at hand computes on a card of this machine."""
+    """Whether the llama.cpp at hand computes on a CUDA card of this machine."""
     program = find("llama-server")
-    return bool(program) and "CUDA0" in _said(program, "--list-devices")
+    return program is not None and _sees_card(program)
+
+
+@functools.cache
+def _sees_card(program):
+    return "CUDA0" in _said(program, "--list-devices")
 
 
 def source_folder():

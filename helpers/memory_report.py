@@ -11,7 +11,7 @@ from helpers.memory_cards import CARDS, cublas_workspace, find_card, half_dtype
 GIB = 2**30
 PHASES = ("forward", "loss", "backward", "optimizer")
 GPUS = {name: card.memory for name, card in CARDS.items()}
-OTHER_KERNELS = "other kernels (predict with gpu=)"
+OTHER_KERNELS = "other kernels (ask with --gpu, or gpu=)"
 CONTEXT = (
     0.25e9,
     0.5e9,

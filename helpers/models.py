@@ -214,6 +214,20 @@ def source(name):
     )
 
 
+def is_adapter_of(folder, name):
+    """Whether a folder holds an adapter that was trained on this model (Chapters 5, 6).
+
+    By the name of the base that PEFT noted: an adapter on another base may fit and say
+    nonsense. name: as in `load_model`.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_model.safetensors").is_file():
+        return False
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path") or ""
+    return Path(base).name == Path(source(name)).name  # caches move, names stay
+
+
 def _torch_dtype(dtype):
     import torch
 

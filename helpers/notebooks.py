@@ -29,7 +29,7 @@ BADGE = (
     "(https://colab.research.google.com/github/{repository}/blob/main/{name}.ipynb)"
 )
 BOOTSTRAP = """\
-# Brings the course to Colab, Kaggle or a pod; does nothing where it is at hand.
+# Brings the course to Colab, Kaggle or a pod; of several cards it takes the first.
 import importlib.util
 import os
 import shutil
@@ -186,7 +186,7 @@ def _execute(notebook, path, progress):
         why = f"failed.\n\n{source}\n\n{error.ename}: {error.evalue}"
     except DeadKernelError:
         why = (
-            "lost its kernel, which was killed: most likely memory ran out, so close other "
+            "did not end: the kernel died, most likely because memory ran out. Close other "
             "notebooks and programs, or take a machine with more, and run it again."
         )
     except CellTimeoutError:

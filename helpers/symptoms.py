@@ -524,7 +524,7 @@ SECTIONS = {
             "“Feature '.bf16' requires .target sm_80 or higher”",
             "A kernel that Triton compiles (TRL's loss, `torch.compile`) was given "
             "bfloat16 on a card older than Ampere, such as a T4. Reported with older "
-            "Tritons; 3.9 compiles it.",
+            "Tritons.",
             "`**training.machine_settings(here)`, or `fp16=True, bf16=False` and a model "
             "loaded in float16: `SFTConfig` turns bf16 on when nothing is said.",
             r"Feature '[^'\n]*\bbf16[^'\n]*' requires \.target sm_80",
@@ -751,7 +751,8 @@ SECTIONS = {
             "the bootstrap cell asks for a restart",
             "A library was loaded before it was replaced, or before it was told which card "
             "or cache to use; it does not look again.",
-            "Restart the session once and run the cell first of all. Nothing is lost.",
+            "Restart the session once and run the cell first of all. What was installed "
+            "and downloaded stays; variables are gone.",
             r"RestartNeeded",
             proof=("Chapter0", "Chapter 0: the whole journey, quickly"),
             own=True,

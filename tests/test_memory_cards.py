@@ -173,7 +173,7 @@ def test_a_t4_is_a_t4():
     # asked of a prediction that was made for Ampere, a T4 still answers for itself
     ampere = memory.estimate_training(**LLAMA_8B, sequence_length=length + 64)
     assert ampere.fits(memory.GPUS["T4"]) and not ampere.fits("T4")
-    assert "other kernels (predict with gpu=): T4" in str(ampere)
+    assert "other kernels (ask with --gpu, or gpu=): T4" in str(ampere)
     assert "T4" in ampere._repr_html_()
 
 

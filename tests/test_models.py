@@ -164,6 +164,22 @@ def test_the_default_is_the_book_s_model_only_with_gpu_and_hub(monkeypatch):
     assert models.default_model(6) == "phi-3-mini"
 
 
+def test_an_adapter_is_known_by_the_base_it_was_trained_on(tmp_path):
+    assert not models.is_adapter_of(tmp_path, models.EMBEDDED)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    config = tmp_path / "adapter_config.json"
+    for base, same in [
+        (str(models.embedded_folder()), True),
+        (f"/elsewhere/{models.embedded_folder().name}", True),
+        ("microsoft/Phi-3-mini-4k-instruct", False),
+        (None, False),
+    ]:
+        config.write_text(json.dumps({"base_model_name_or_path": base}))
+        assert models.is_adapter_of(tmp_path, models.EMBEDDED) is same
+    config.write_text('{"base_model_name_or_path": "microsoft/Phi-3-mini-4k-instruct"}')
+    assert models.is_adapter_of(tmp_path, "phi-3-mini")
+
+
 # ── the cache ────────────────────────────────────────────────────────────────────────────
 def fake_cache(folder):
     """A small complete folder, to see what counts as damaged."""
