@@ -5,6 +5,7 @@ programs. `doctor.explain()` after an exception says cause, cure and the cell th
 """
 
 import html
+import os
 import re
 import shutil
 import sys
@@ -200,7 +201,7 @@ def _ollama():
 
 def _hub():
     if runtime.hub_reachable():
-        return OK, "huggingface.co answers"
+        return OK, f"{os.environ.get('HF_ENDPOINT', 'huggingface.co')} answers"
     return (
         WARN,
         "not reachable (or HF_HUB_OFFLINE is set): embedded model and data are used",
@@ -352,9 +353,9 @@ def page():
         f"Of the {len(SYMPTOMS)} entries, {len(raised) - own} are errors that the "
         "libraries really raise in this course's tests (some pretend a second card or a "
         "broken installation; the error they get is the library's own); "
-        f"{own} more are messages of the course itself. Those marked ° could not be raised on a machine without a GPU "
-        "or the Hub. This page is written by `python -m helpers sync` from "
-        "`helpers/symptoms.py`.",
+        f"{own} more are messages of the course itself. Those marked ° could not be raised "
+        "on a machine without a GPU or the Hub. This page is written by "
+        "`python -m helpers sync` from `helpers/symptoms.py`.",
     ]
     for section, symptoms in SECTIONS.items():
         parts.append(f"## {section}")

@@ -116,8 +116,15 @@ def _foreign(model):
     if model.device.type != "cuda":
         return 0  # there `memory.measure` counts what the step uses, and nothing else
     gc.collect()  # what an earlier try left behind is nobody's any more
-    held = torch.cuda.memory_allocated(model.device)
-    return max(0, held - model.get_memory_footprint())
+    return max(0, torch.cuda.memory_allocated(model.device) - _own_bytes(model))
+
+
+def _own_bytes(model):
+    """Parameters and buffers, and the scales of 4-bit weights, which are neither."""
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    tensors = (t for s in states if s is not None for t in s.as_dict().values())
+    scales = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+    return model.get_memory_footprint() + scales
 
 
 def _extrapolate(peaks, size):

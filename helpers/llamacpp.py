@@ -68,10 +68,11 @@ def binary(name):
 
 
 def find(name):
-    """The program's path when it is on this machine, new enough, and computes; else None.
+    """The program's path when it is on this machine and new enough, else None.
 
-    Raises FileNotFoundError or ValueError when `LLAMA_CPP` names a folder that lacks it or
-    has an old one.
+    Of the course's own builds, one that this processor refuses is passed over. Raises
+    FileNotFoundError or ValueError when `LLAMA_CPP` names a folder that lacks it or has an
+    old one.
     """
     if chosen := os.environ.get(VARIABLE):
         places = [Path(chosen), Path(chosen, "bin"), Path(chosen, "build", "bin")]
@@ -97,10 +98,10 @@ def build(*, web_page=False, cuda=False):
     """Build the programs for this machine and keep them; returns their folder.
 
     web_page: with the server's chat page inside, made by npm (a minute or two more; the
-    server then shows it at its address). cuda: for the card of this machine; needs `nvcc`,
-    and compiling takes several times as long. What has been built is not built again. A
-    build that this processor refuses is followed by a portable one, for any processor of
-    the last ten years. Raises OSError saying what is missing or what failed.
+    server then shows it at its address). cuda: for the card of this machine; needs `nvcc`
+    and has not been tried. What has been built is not built again. A build that this
+    processor refuses is followed by a portable one (AVX2 at most). Raises OSError saying
+    what is missing or what failed.
     """
     wanted = [*["cuda"] * bool(cuda), *["page"] * bool(web_page)]
     for extras in (wanted, ["portable", *wanted]):
@@ -140,7 +141,7 @@ def _say_once(sentence):
 
 def trouble():
     """What is unusual about the llama.cpp at hand, as a sentence; None where nothing is."""
-    path = find("llama-perplexity")
+    path = find("llama-server")
     return None if path is None else str(_trial(path.parent)) or None
 
 
@@ -225,8 +226,10 @@ def threads():
 
 
 def has_web_page():
-    """Whether the course's own programs were built with the server's web page inside."""
-    return any("page" in _extras(folder) for folder in _finished())
+    """Whether the server at hand is one that the course built with its web page inside."""
+    path = find("llama-server")
+    own = path is not None and path.parent in _finished()
+    return own and "page" in _extras(path.parent)
 
 
 # ── fetching ─────────────────────────────────────────────────────────────────────────────
@@ -262,6 +265,8 @@ def _built(extras):
             source = source_folder()
             _check_tools(extras)
             _build(source, folder, extras)
+            _trial.cache_clear()  # what was known of an older build in this place
+            version.cache_clear()
     return folder / "bin"
 
 
@@ -316,10 +321,20 @@ def _check_tools(extras):
     if missing or system == "Windows":
         lacking = " and ".join(missing) or "a configured compiler"
         raise OSError(
-            f"llama.cpp is not on this machine, and building it needs {lacking}. "
-            f"Install: {INSTALL.get(system, INSTALL['Linux'])}. Or name the folder of its "
-            f"programs in the variable {VARIABLE}."
+            f"Building llama.cpp needs {lacking}. {_how_to_get(missing, system)} Or name "
+            f"the folder of its programs in the variable {VARIABLE}."
         )
+
+
+def _how_to_get(missing, system):
+    if "nvcc" in missing:
+        return (
+            "`nvcc` is part of NVIDIA's CUDA toolkit; a container image with 'devel' in "
+            "its name has it."
+        )
+    if "npm" in missing:
+        return "`npm` comes with Node.js."
+    return f"Install: {INSTALL.get(system, INSTALL['Linux'])}."
 
 
 def _build(source, folder, extras):

@@ -18,11 +18,16 @@ TYPES = (
 WIDTH = 256  # one super-block of the K types
 CONTEXT = 32  # tokens: enough for the kernels that take several rows at once
 SECONDS = 120
+ILLEGAL = "was killed by SIGILL"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it: `options` a program needs, or why it is `refused`; as a sentence."""
+    """What came of it: `options` a program needs, or that it is `refused`.
+
+    As text, a sentence about what is unusual; '' where nothing is. A trial that failed for
+    another reason (no memory, a busy machine) refuses nothing and says what it was.
+    """
 
     options: list
     refused: bool = False
@@ -45,10 +50,12 @@ def run(program):
         write_tiny_model(model)
         text.write_text("a" * 3 * CONTEXT, encoding="utf-8")
         command = [program, "-m", model, "-f", text, "-c", CONTEXT, "-b", CONTEXT]
-        first = _end_of(command)
+        first = _end_of(command, scratch)
         if first is None:
             return Trial([])
-        plain = _end_of([*command, "--no-repack"])
+        if not first.startswith(ILLEGAL):
+            return Trial([], said=f"llama.cpp did not compute on a tiny file: it {first}.")
+        plain = _end_of([*command, "--no-repack"], scratch)
     if plain is None:
         return Trial(
             ["--no-repack"],
@@ -58,15 +65,18 @@ def run(program):
     return Trial([], True, f"llama.cpp does not compute on this machine: it {first}.")
 
 
-def _end_of(command):
-    """None when the command did well, else how it ended, in words."""
+def _end_of(command, folder):
+    """None when the command did well, else how it ended, in words.
+
+    It runs in `folder`, where a core file is no harm.
+    """
     from helpers.llamacpp import how_it_ended
 
     command = [str(part) for part in [*command, "--threads", 1]]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=SECONDS,
+            errors="replace", timeout=SECONDS, cwd=folder,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"did not end within {SECONDS} seconds"

@@ -81,6 +81,7 @@ class MemoryEstimate:
         bytes).
 
         A card without bfloat16 is asked about the same run in float16, on its own kernels.
+        Raises ValueError for flash attention on a card that has none.
         """
         return self.verdict(gpu) == "fits"
 

@@ -29,7 +29,7 @@ BADGE = (
     "(https://colab.research.google.com/github/{repository}/blob/main/{name}.ipynb)"
 )
 BOOTSTRAP = """\
-# Brings the course to Colab, Kaggle or a pod; of several cards it takes the first.
+# Brings the course to Colab, Kaggle or a pod; takes one card of several.
 import importlib.util
 import os
 import shutil

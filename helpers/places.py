@@ -20,6 +20,7 @@ from helpers import downloads, runtime
 
 DISTRIBUTION = "fine-tuning-helpers"
 CARDS = "CUDA_VISIBLE_DEVICES"
+_brought = False  # the cell, run again after a failure, finds `helpers` and says False
 UNTOUCHED = ("torch", "numpy", "pandas")  # replacing them breaks a hosted notebook
 OLDEST_PYTHON = (3, 11)
 
@@ -37,6 +38,8 @@ def settle(brought=False):
     RestartNeeded when it comes too late in this kernel, RuntimeError when pip fails and
     OSError where there is no pip.
     """
+    global _brought
+    _brought = brought = brought or _brought
     use_one_card()
     platform = runtime.detect_platform()
     if platform == "runpod":

@@ -72,12 +72,12 @@ def export_recipe(
     backend: 'single', 'ddp', 'fsdp2', 'deepspeed' (ZeRO 2). processes: how many; the
     batch of `args` is divided among them, so that an update sees the same rows.
     Raises ValueError for choices that contradict each other, for settings that the files
-    cannot say, and for more processes than this machine has GPUs. A machine without any
-    may write for another one.
+    cannot say, and for more processes than this machine has GPUs (it writes for another
+    one when it shows none: CUDA_VISIBLE_DEVICES="").
     """
     folder = Path(folder)
     _check(folder, args, lora, quantization, backend, processes)
-    if cards := _cards():
+    if cards := _visible_cards():
         _check_cards(processes, args.use_cpu, cards)
     recipe = {
         "model_name_or_path": str(model),
@@ -155,15 +155,17 @@ def _environment(folder):
         for name in ("recipe.yaml", "accelerate.yaml")
     )
     use_cpu = settings.get("use_cpu", False) or launch["use_cpu"]
-    _check_cards(launch["num_processes"], use_cpu, _cards())
+    _check_cards(launch["num_processes"], use_cpu, _visible_cards())
     environment = dict(os.environ)
-    if launch["num_processes"] == 1 and _cards() > 1:  # or TRL refuses nn.DataParallel
+    if (
+        launch["num_processes"] == 1 and _visible_cards() > 1
+    ):  # or TRL refuses nn.DataParallel
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     return environment
 
 
-def _cards():
+def _visible_cards():
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -172,10 +174,12 @@ def _cards():
 def _check_cards(processes, use_cpu, cards):
     # NCCL stops two processes on one card, with words that do not say so.
     if processes > 1 and not use_cpu and processes > cards:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown} shows no more)"
         raise ValueError(
-            f"processes={processes} with use_cpu=False needs {processes} GPUs, and here "
-            f"{'is' if cards == 1 else 'are'} {cards}; use SFTConfig(use_cpu=True), which "
-            "runs them on the CPU, fewer processes, or a machine with as many GPUs"
+            f"processes={processes} with use_cpu=False needs {processes} GPUs, and torch "
+            f"sees {cards}{why}; use SFTConfig(use_cpu=True), which runs them on the CPU, "
+            "fewer processes, or a machine with as many GPUs"
         )
 
 
@@ -227,6 +231,12 @@ def _check(folder, args, lora, quantization, backend, processes):
         raise ValueError(
             f"quantization={quantization!r} needs lora: a quantized model cannot be "
             "trained by itself"
+        )
+    if quantization and args.fp16 and not args.use_cpu:
+        raise ValueError(
+            f"quantization={quantization!r} with fp16=True: `trl sft` makes the adapters "
+            "bfloat16, which fp16's gradient scaler does not take. Use bf16=True on a card "
+            "that has it, leave out the quantization, or train with LeanSFTTrainer"
         )
 
 

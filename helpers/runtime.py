@@ -128,9 +128,12 @@ def start(seed=42):
 def _tell_the_libraries(offline):
     # Saves the libraries' own slow attempts. In this process only: what was found out here
     # may be over in a minute, and an exported variable would outlive it in every child.
+    import datasets
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = offline
+    if "HF_DATASETS_OFFLINE" not in os.environ:  # a copy, made when it was imported
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = offline
 
 
 def quiet():
@@ -213,9 +216,11 @@ def _dtype_and_reason(device):
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
     if chosen := os.environ.get(DTYPE_VARIABLE):
-        if chosen not in DTYPES:
+        choices = DTYPES if device == "cuda" else DTYPES[:2]  # float16 wants a scaler
+        if chosen not in choices:
             raise ValueError(
-                f"{DTYPE_VARIABLE} must be one of {', '.join(DTYPES)}, not {chosen!r}"
+                f"{DTYPE_VARIABLE} must be one of {', '.join(choices)} on {device!r}, not "
+                f"{chosen!r}"
             )
         return getattr(torch, chosen), f"{DTYPE_VARIABLE} says so"
     if device == "cuda":
@@ -346,8 +351,11 @@ def hub_reachable(timeout=3.0):
     included: somebody is there. An answer that only came too late is waited for once more,
     twice as long. `start()` asks anew.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    said = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    if any(text.upper() in {"1", "ON", "YES", "TRUE"} for text in said):
         return False
+    import http.client
+    import ssl
     import urllib.error
     import urllib.request
 
@@ -359,8 +367,11 @@ def hub_reachable(timeout=3.0):
             return True
         except urllib.error.HTTPError:
             return True
-        except (OSError, ValueError) as error:
-            if not isinstance(getattr(error, "reason", error), TimeoutError):
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                return True  # the Hub's library knows other certificates than Python
+            if not isinstance(reason, TimeoutError):
                 return False
     return False
 

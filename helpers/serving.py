@@ -94,9 +94,8 @@ class LlamaServer:
         command = [llamacpp.binary("llama-server"), "--model", self.model]
         command += ["--host", HOST, "--port", self.port, "--offline"]
         command += ["--ctx-size", self.context * self.slots, "--parallel", self.slots]
+        # Where it has a card it puts as many layers there as fit, by itself.
         command += llamacpp.threads() + llamacpp.options("llama-server")
-        if llamacpp.uses_card():
-            command += ["--n-gpu-layers", 999]
         if self.adapter:
             command += ["--lora", self.adapter]
         if self.template is not None:

@@ -50,6 +50,25 @@ def test_on_your_own_machine_nothing_is_installed_even_if_it_is_missing(monkeypa
     places.settle(brought=False)
 
 
+def test_the_cell_run_again_after_a_failure_installs_what_was_not(monkeypatch):
+    """The second time it finds `helpers`, which the first time brought."""
+    monkeypatch.setenv(places.CARDS, "0")
+    monkeypatch.setattr(places, "_brought", False)
+    monkeypatch.setattr(runtime, "detect_platform", lambda: "local")  # another host
+    calls = []
+
+    def no_network_the_first_time():
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("pip could not install trl")
+
+    monkeypatch.setattr(places, "install_missing", no_network_the_first_time)
+    with pytest.raises(RuntimeError, match="could not install"):
+        places.settle(brought=True)
+    places.settle(brought=False)
+    assert len(calls) == 2
+
+
 # ── what is missing, and how it is said ──────────────────────────────────────────────────
 def project(tmp_path, *requirements):
     path = tmp_path / "pyproject.toml"
@@ -385,6 +404,17 @@ def test_a_forks_first_push_puts_its_address_in(course, tmp_path):
         messages.append(subprocess.check_output(log, text=True).splitlines())
     assert messages == [["The course lives at someone/else", "x"]] * 2, "one commit, once"
     subprocess.run(["git", "-C", str(clone), "diff", "--exit-code"], check=True)
+    assert all(found == {"someone/else"} for found in addresses(clone).values())
+
+    # Later a notebook arrives from upstream, with upstream's address.
+    shutil.copy(ROOT / "Chapter6.ipynb", clone / "Chapter6.ipynb")
+    for command in (["commit", "-qam", "from upstream"], ["push", "-q"]):
+        author = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        subprocess.run(["git", "-C", str(clone), *author, *command], check=True)
+    for command in commands:
+        command = ["bash", "-e", "-c", command]
+        subprocess.run(command, cwd=clone, env=around, check=True, capture_output=True)
+    assert subprocess.check_output(log, text=True).startswith("The course lives at")
     assert all(found == {"someone/else"} for found in addresses(clone).values())
 
 

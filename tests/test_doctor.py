@@ -483,6 +483,7 @@ def dies_by(name):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(llamacpp.VARIABLE, str(folder))
             llamacpp.options("llama-server")
+            return llamacpp.trouble()
 
     return pytest.mark.skipif(os.name == "nt", reason="Windows has no signals")(provoke)
 

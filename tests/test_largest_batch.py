@@ -219,6 +219,19 @@ class Card:
     def get_memory_footprint(self):
         return 100
 
+    def parameters(self):
+        return iter(())
+
+
+def test_the_scales_of_four_bit_weights_are_the_models_own():
+    from bitsandbytes.nn import LinearNF4
+
+    layer = LinearNF4(256, 256, bias=False).to("cpu")
+    layer.get_memory_footprint = lambda: layer.weight.nbytes  # as a model counts
+    scales = layer.weight.quant_state.absmax  # one byte a block: quantized twice
+    extra = largest_batch._own_bytes(layer) - layer.weight.nbytes
+    assert extra >= scales.nbytes == 256 * 256 // 64
+
 
 def test_other_models_on_the_card_are_neither_budget_nor_peak(monkeypatch):
     # 1,000 on the card, 200 of other processes; of our 350 (450 with the allocator's

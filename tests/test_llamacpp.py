@@ -212,7 +212,12 @@ def stand_in(folder, does):
         ("exit 0", [], ""),
         (NEEDS_PLAIN, ["--no-repack"], r"killed by SIGILL: .*started with --no-repack"),
         (SIGILL, None, r"does not compute on this machine: it was killed by SIGILL"),
-        ("echo no such file; exit 3", None, r"ended with status 3: no such file"),
+        (
+            "echo no such file; exit 3",
+            [],
+            r"on a tiny file: it ended with status 3: no such",
+        ),
+        ("kill -KILL $$", [], r"on a tiny file: it was killed by SIGKILL"),
     ],
 )
 def test_programs_are_tried_before_anybody_relies_on_them(tmp_path, does, options, words):
@@ -328,7 +333,7 @@ def test_the_web_page_is_made_only_when_asked_for(cache, source, monkeypatch):
     assert called.count("npm") == 2 and llamacpp.has_web_page()
     assert llamacpp.binary("llama-server") != plain, "the abler one is taken"
     monkeypatch.setattr(shutil, "which", lambda name, **k: None)
-    with pytest.raises(OSError, match=r"needs .*nvcc"):
+    with pytest.raises(OSError, match=r"needs .*nvcc.* CUDA toolkit"):
         llamacpp.build(cuda=True)
 
 

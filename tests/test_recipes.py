@@ -175,7 +175,7 @@ def test_more_processes_than_cards_are_refused(export, cards, tmp_path):
     on_cards = SFTConfig(str(tmp_path / "x"), **SETTINGS | ON_CARDS)
     cards(1)
     with pytest.raises(
-        ValueError, match=r"processes=2 .* needs 2 GPUs, and here is 1; use"
+        ValueError, match=r"processes=2 .* needs 2 GPUs, and torch sees 1.*; use"
     ):
         export(args=on_cards, **TWO)
     assert not (tmp_path / "recipe").exists()
@@ -184,10 +184,30 @@ def test_more_processes_than_cards_are_refused(export, cards, tmp_path):
     export(args=on_cards, **TWO)
 
 
+def test_a_card_that_was_hidden_is_named(export, cards, tmp_path, monkeypatch):
+    on_cards = SFTConfig(str(tmp_path / "x"), **SETTINGS | ON_CARDS)
+    cards(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # as the bootstrap cell sets it
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=0 shows no more"):
+        export(args=on_cards, **TWO)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_t4_cannot_hand_a_quantized_model_to_trls_script(export, tmp_path, quantization):
+    """TRL makes its adapters bfloat16, and fp16's gradient scaler takes none."""
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    args = SFTConfig(str(tmp_path / "x"), **SETTINGS)
+    args.fp16, args.use_cpu = True, False
+    with pytest.raises(ValueError, match=r"fp16=True.*LeanSFTTrainer"):
+        export(args=args, lora=lora, quantization=quantization)
+    args.use_cpu = True
+    export(args=args, lora=lora, quantization=quantization)
+
+
 def test_a_recipe_for_another_machine_is_written_and_not_run_here(export, cards, tmp_path):
     cards(0)
     recipe = export(args=SFTConfig(str(tmp_path / "x"), **SETTINGS | ON_CARDS), **TWO)
-    with pytest.raises(ValueError, match=r"processes=2 .* here are 0; use .*use_cpu=True"):
+    with pytest.raises(ValueError, match=r"processes=2 .* sees 0.*; use .*use_cpu=True"):
         training.run_recipe(recipe)
     assert not (recipe.folder / "log.txt").exists(), "nothing was started"
 

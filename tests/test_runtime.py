@@ -3,10 +3,13 @@ import dataclasses
 import http.server
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -93,9 +96,10 @@ def test_the_variable_overrides_the_dtype_and_is_checked(monkeypatch):
     here = runtime.detect()
     assert here.compute_dtype == torch.bfloat16
     assert "bfloat16 (HELPERS_DTYPE says so)" in str(here)
-    monkeypatch.setenv(runtime.DTYPE_VARIABLE, "int8")
-    with pytest.raises(ValueError, match=r"HELPERS_DTYPE must be one of .*not 'int8'"):
-        runtime.detect()
+    for wrong in ("int8", "float16"):  # float16 needs a gradient scaler, and a card
+        monkeypatch.setenv(runtime.DTYPE_VARIABLE, wrong)
+        with pytest.raises(ValueError, match=rf"HELPERS_DTYPE must be one of .*'{wrong}'"):
+            runtime.native_dtype("cpu")
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
@@ -116,7 +120,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def mirror(monkeypatch):
     """A server on this machine that `HF_ENDPOINT` names, and nothing known yet."""
-    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     handler = type("OneMirror", (Mirror,), {})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -134,6 +138,30 @@ def test_a_mirror_that_answers_is_the_hub(mirror, status):
     assert runtime.hub_reachable() is True
 
 
+@pytest.mark.parametrize(
+    ("error", "there"),
+    [
+        (urllib.error.URLError(ssl.SSLCertVerificationError("unknown issuer")), True),
+        (urllib.error.URLError(OSError("no route")), False),
+        (http.client.BadStatusLine("a captive portal"), False),
+    ],
+)
+def test_certificates_that_only_python_lacks_are_no_missing_hub(
+    monkeypatch, mirror, error, there
+):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    assert runtime.hub_reachable() is there
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_variable_of_yours_is_not_undone(monkeypatch, mirror, name):
+    monkeypatch.setenv(name, "1")
+    assert runtime.hub_reachable() is False
+
+
 def test_an_answer_that_comes_late_is_waited_for_once_more(mirror):
     mirror.delay = 0.6
     assert runtime.hub_reachable(timeout=0.4) is True
@@ -142,15 +170,19 @@ def test_an_answer_that_comes_late_is_waited_for_once_more(mirror):
 
 
 def test_nobody_there_is_offline_in_this_process_only_and_asked_again(mirror, monkeypatch):
+    import datasets
     from huggingface_hub import constants
 
     there = os.environ["HF_ENDPOINT"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
     assert runtime.start().offline is True and constants.HF_HUB_OFFLINE is True
+    assert datasets.config.HF_HUB_OFFLINE is True
     assert "HF_HUB_OFFLINE" not in os.environ, "no child inherits it"
     monkeypatch.setenv("HF_ENDPOINT", there)
     assert runtime.start().offline is False and constants.HF_HUB_OFFLINE is False
+    assert datasets.config.HF_HUB_OFFLINE is False, "asked again, all agree"
 
 
 def test_a_card_without_the_hub_says_loudly_which_model_it_gets():
