@@ -131,7 +131,7 @@ def test_an_adapter_or_a_quantized_model_is_sent_elsewhere(folder, tmp_path):
 def test_a_failing_converter_is_quoted_and_leaves_nothing(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 64)
-    with pytest.raises(ValueError, match=r"convert_hf_to_gguf\.py failed"):
+    with pytest.raises(ValueError, match=r"convert_hf_to_gguf\.py ended with status"):
         gguf.convert_model(tmp_path / "model", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
     assert not leftovers(tmp_path)
