@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -99,7 +100,8 @@ def build(*, web_page=False, cuda=False):
 
     web_page: with the server's chat page inside, made by npm (a minute or two more; the
     server then shows it at its address). cuda: for the card of this machine; needs `nvcc`
-    and has not been tried. What has been built is not built again. A build that this
+    and has not been tried. Options of your own for CMake go into the variable `CMAKE_ARGS`,
+    as for llama-cpp-python. What has been built is not built again. A build that this
     processor refuses is followed by a portable one (AVX2 at most). Raises OSError saying
     what is missing or what failed.
     """
@@ -349,6 +351,7 @@ def _build(source, folder, extras):
         )
     chosen = [*OPTIONS, *(option for name in extras for option in EXTRAS[name])]
     chosen += [f"-DLLAMA_BUILD_UI={'ON' if 'page' in extras else 'OFF'}"]
+    chosen += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     with _partial(folder) as partial:
         tree, made = partial / "source", partial / "made"
         shutil.copytree(source, tree)

@@ -4,8 +4,8 @@
 
 Such a machine has Python 3.12, torch with CUDA 13.0 and the packages of `THERE`, and takes
 64 MiB at a time, the repository included. Load a: wheels that are missing or older there,
-the plan with its predictions, and as much of the embedded model's wheel as fits. Load b:
-the rest of it. Prints how each is used.
+llama.cpp's source, the plan with its predictions, and as much of the embedded model's wheel
+as fits. Load b: the rest of it. Prints how each is used.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -55,11 +56,14 @@ def main():
     parser.add_argument("--keep-wheels", action="store_true", help="do not download again")
     options = parser.parse_args()
     unseen_by_git()
-    a, b, wheels = LOADS / "a", LOADS / "b", LOADS / "a" / "wheels"
-    if not options.keep_wheels:
+    a, b, wheels = LOADS / "a", LOADS / "b", LOADS / "a" / "wheels.tar.xz"
+    if not (options.keep_wheels and wheels.is_file()):
         shutil.rmtree(LOADS, ignore_errors=True)
-        download(closure(course_packages()), wheels)
-        only_one_cuda(next(wheels.glob("bitsandbytes-*.whl")))
+        a.mkdir(parents=True)
+        download(closure(course_packages()), LOADS / "wheels")
+        only_one_cuda(next((LOADS / "wheels").glob("bitsandbytes-*.whl")))
+        pack_wheels(LOADS / "wheels", wheels)
+    pack_llamacpp(a / "llama.cpp.tar.xz")
     b.mkdir(parents=True, exist_ok=True)
     for folder in (a, b):
         shutil.copy(HERE / "go.sh", folder / "go.sh")
@@ -69,8 +73,9 @@ def main():
     split(wheel.read_bytes(), a, b, tree_bytes())
     shutil.rmtree(LOADS / "download")
     print("On the machine with the card, in the repository's root, one after the other:")
-    print("  with .gpu/a:  bash .gpu/a/go.sh 1 290")
-    print("  with .gpu/b:  bash .gpu/b/go.sh 2 390")
+    print("  with .gpu/a:  bash .gpu/a/go.sh 1")
+    print("  with .gpu/b:  bash .gpu/b/go.sh 2")
+    print("and here, with what came back:  python tests/gpu/join.py results.tar.xz ...")
 
 
 def unseen_by_git():
@@ -133,25 +138,61 @@ def download(packages, folder):
 
 def only_one_cuda(wheel):
     """bitsandbytes without the libraries of other CUDA versions, ROCm and XPU."""
-    small = wheel.with_suffix(".small")
     other = re.compile(rf"libbitsandbytes_(cuda(?!{CUDA}\.)|rocm|xpu)")
-    with (
-        zipfile.ZipFile(wheel) as old,
-        zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as new,
-    ):
+
+    def smaller(name, data):
+        if other.search(name):
+            return None
+        if name.endswith(".dist-info/RECORD"):
+            rows = [r for r in csv.reader(io.StringIO(data.decode())) if r]
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(
+                row for row in rows if not other.search(row[0])
+            )
+            return text.getvalue().encode()
+        return data
+
+    rewrite(wheel, smaller)
+
+
+def rewrite(wheel, change=lambda name, data: data):
+    """The wheel anew, not compressed; `change` gives a file's bytes, or None to drop it."""
+    part = wheel.with_suffix(".part")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(part, "w") as new:
         for item in old.infolist():
-            if other.search(item.filename):
-                continue
-            data = old.read(item)
-            if item.filename.endswith(".dist-info/RECORD"):
-                rows = [r for r in csv.reader(io.StringIO(data.decode())) if r]
-                text = io.StringIO()
-                csv.writer(text, lineterminator="\n").writerows(
-                    row for row in rows if not other.search(row[0])
-                )
-                data = text.getvalue().encode()
-            new.writestr(item, data)
-    small.replace(wheel)
+            if (data := change(item.filename, old.read(item))) is not None:
+                new.writestr(zipfile.ZipInfo(item.filename), data)
+    part.replace(wheel)
+
+
+def pack_wheels(folder, path):
+    """All wheels in one archive: xz over the whole takes half of what theirs take."""
+    for wheel in folder.glob("*.whl"):
+        rewrite(wheel)
+    with tarfile.open(path, "w:xz", preset=9) as archive:
+        archive.add(folder, "wheels")
+    shutil.rmtree(folder)
+
+
+def pack_llamacpp(path):
+    """llama.cpp's source without what a build for CUDA does not need."""
+    from helpers import llamacpp
+
+    folder = llamacpp.source_folder()
+    kept = {"CMakeLists.txt", "LICENSE", "complete", "app", "cmake", "common", "conversion",
+            "ggml", "gguf-py", "include", "licenses", "scripts", "src", "tools", "vendor",
+            *llamacpp.CONVERTERS}  # fmt: skip
+    spared = re.compile(
+        r"/ggml-(cann|hexagon|metal|opencl|sycl|vulkan|webgpu)/|/ui/(src|tests)/"
+    )
+
+    def chosen(member):
+        return None if spared.search(f"{member.name}/") else member
+
+    with tarfile.open(path, "w:xz", preset=9) as archive:
+        for item in sorted(folder.iterdir()):
+            if item.name in kept:
+                archive.add(item, f"{folder.name}/{item.name}", filter=chosen)
 
 
 # ── predictions and model ────────────────────────────────────────────────────────────────
