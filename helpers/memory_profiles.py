@@ -162,6 +162,17 @@ class CudaKernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def scratch(func, args):
+    """Bytes that the CUDA kernel of an operator takes while it runs, beside its outputs.
+
+    The way back through softmax first makes the product of gradient and output
+    (aten/native/cuda/SoftMax.cu).
+    """
+    if func is torch.ops.aten._softmax_backward_data.default:
+        return args[0].numel() * max(args[0].itemsize, args[1].itemsize)
+    return 0
+
+
 def _widen(value):
     if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()

@@ -314,7 +314,7 @@ def trace(config, recipe, layers=None):
     total = config.num_hidden_layers
     short = layers is not None and layers < total
     full, config = config, config_with(config, layers) if short else config
-    ledger = Ledger()
+    ledger = Ledger(scratch=profiles.scratch if recipe.kernels == "cuda" else None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(torch.random.fork_rng(devices=[]))

@@ -32,19 +32,22 @@ class Ledger(TorchDispatchMode):
 
     `unit` rounds each storage (512: what CUDA's allocator would hand out; 1: exact).
     `adopt` enters tensors made before. With `inputs=True`, storages first met as an
-    operator's input count as alive from the start, and in `before`. `events` is the log of
+    operator's input count as alive from the start, and in `before`. `scratch(func, args)`
+    gives the bytes that an operator's kernel takes while it runs. Gradients that autograd
+    adds up are added in place, as it does with real tensors. `events` is the log of
     (block, size, category): size > 0 allocates, < 0 frees, 0 moves the block to another
     category. `marks` are the (position, name) of the phases and layers within it.
     """
 
-    def __init__(self, unit=ROUND, inputs=False):
+    def __init__(self, unit=ROUND, inputs=False, scratch=None):
         super().__init__()
-        self.unit, self.inputs = unit, inputs
+        self.unit, self.inputs, self.scratch = unit, inputs, scratch
         self.live = {}
         self.events, self.marks = [], []
         self.category = "activations"
-        self.current = self.peak = self.before = 0
+        self.before = 0
         self._blocks = itertools.count()
+        self._sum = None  # (block of its first term, position) of autograd's latest sum
 
     def adopt(self, tensor, category):
         """Enter a tensor's storage (or move it) under `category`.
@@ -72,14 +75,20 @@ class Ledger(TorchDispatchMode):
         """
         block = next(self._blocks)
         self.events.append((block, size, category))
-        self.current += size
-        self.peak = max(self.peak, self.current)
         return block
 
     def _drop(self, key):
         _, block, size, category = self.live.pop(key)
-        self.events.append((block, -size, category))
-        self.current -= size
+        self._leave(block, size, category)
+
+    def _leave(self, block, size, category):
+        position = len(self.events)
+        if self._sum and self._sum[0] == block:
+            # Nobody else held the first term: with real tensors, the sum is written there.
+            if all(change < 0 for _, change, _ in self.events[self._sum[1] + 1 :]):
+                position = self._sum[1]
+            self._sum = None
+        self.events.insert(position, (block, -size, category))
 
     def mark(self, name):
         """Note that what follows belongs to `name` (a phase, or a layer's forward or
@@ -99,21 +108,45 @@ class Ledger(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor):
                     self._found(leaf)
         out = func(*args, **kwargs)
+        position = len(self.events)
         for leaf in tree_leaves(out) if isinstance(out, tuple | list) else (out,):
             if (
                 isinstance(leaf, torch.Tensor)
                 and leaf.untyped_storage()._cdata not in self.live
             ):
                 self.adopt(leaf, self.category)
+        if func is torch.ops.aten.add.Tensor and _in_backward():
+            first = self.live.get(args[0].untyped_storage()._cdata)
+            alone = first and not args[0]._is_view()  # a view shares it with its base
+            self._sum = (first[1], position) if alone else None
+        if self.scratch is not None and (size := self.scratch(func, args)):
+            size = rounded(size, self.unit)
+            self._leave(self.enter(size, self.category), size, self.category)
         return out
 
     def _found(self, tensor):
-        # It was alive before we looked, so the peak measured so far lacked it.
         if tensor.untyped_storage()._cdata not in self.live:
-            peak, size = self.peak, rounded(tensor.untyped_storage().nbytes(), self.unit)
             self.adopt(tensor, "before")
-            self.before += size
-            self.peak = max(self.peak, peak + size)
+            self.before += rounded(tensor.untyped_storage().nbytes(), self.unit)
+
+    @property
+    def current(self):
+        """Bytes alive now."""
+        return sum(size for _, size, _ in self.events)
+
+    @property
+    def peak(self):
+        """Most bytes alive at once; what was there before counts from the start."""
+        current = highest = self.before
+        for _, size, category in self.events:
+            current += 0 if category == "before" and size > 0 else size
+            highest = max(highest, current)
+        return highest
+
+
+def _in_backward():
+    """Whether autograd's own work is going on (a recomputed forward pass records)."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 @dataclass

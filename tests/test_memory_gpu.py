@@ -24,7 +24,7 @@ CONFIG = dict(
     num_key_value_heads=8, vocab_size=32000,
 )  # fmt: skip
 CELLS = list(
-    itertools.product(["eager", "sdpa"], [False, True], [None, 16], [None, "nf4", "int8"])
+    itertools.product(["sdpa", "eager"], [False, True], [None, 16], [None, "nf4", "int8"])
 )
 
 

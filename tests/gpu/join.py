@@ -2,8 +2,9 @@
 
     python tests/gpu/join.py results.tar.xz more.tar.xz
 
-Takes what `go.sh` sends back, or folders with results of `report.py`, in the order in which
-they were made: a stage that ran again replaces what it found before.
+Takes what `go.sh` sends back, or folders with results of `report.py`, in the order in
+which they were made: a stage that ran again replaces what it found before; of the ladder,
+a run replaces itself.
 """
 
 import argparse
@@ -35,6 +36,12 @@ def join(folders):
             head = read
             for line in lines.read(path):
                 new.setdefault(line["stage"], []).append(line)
+        if "ladder" in stages and "ladder" in new:
+            again = {line.get("id") for line in new["ladder"]}
+            new["ladder"][:0] = [
+                line for line in stages["ladder"]
+                if line["kind"] == "run" and line["id"] not in again
+            ]  # fmt: skip
         stages |= new
     if head is None:
         raise ValueError(f"no report in {', '.join(map(str, folders))}")

@@ -36,6 +36,22 @@ RUNGS = [
     ("gemma-2-2b", {"quantization": "nf4", "lora": 16, "attention": "eager"},
      [(1, 1024)], False),
     ("Qwen2.5-7B-Instruct", {"quantization": "nf4", "lora": 16}, [(1, 2048)], False),
+    # Added after the first card had shown what was wrong: none of these had been seen.
+    ("Mistral-7B-v0.3", {"quantization": "nf4", "lora": 16}, [(2, 1024)], False),
+    ("Qwen2.5-1.5B-Instruct", {}, [(2, 1024)], True),
+    ("Llama-3.2-1B",
+     {"lora": 16, "attention": "eager", "gradient_checkpointing": False},
+     [(2, 1024)], False),
+    ("Qwen3-0.6B", {"optimizer": "adamw_8bit"}, [(4, 512)], False),
+    ("SmolLM2-360M-Instruct", {"dtype": "float32", "gradient_checkpointing": False},
+     [(4, 256)], False),
+    ("Llama-3.2-3B", {"quantization": "int8", "lora": 16}, [(1, 2048)], False),
+    ("openai-community/gpt2", {"attention": "eager", "gradient_checkpointing": False},
+     [(4, 512)], False),
+    ("gemma-3-1b-it", {"lora": 16}, [(1, 2048)], False),
+    ("opt-1.3b", {"lora": 16, "gradient_checkpointing": False}, [(2, 1024)], False),
+    ("Phi-3-mini-4k-instruct", {"lora": 16, "gradient_checkpointing": False},
+     [(1, 2048)], False),
 ]  # fmt: skip
 CPU_RUNGS = [  # to see on a CPU that the ladder itself stands
     ("SmolLM2-135M-Instruct", {"dtype": "float32", "gradient_checkpointing": False},
@@ -249,7 +265,9 @@ def with_random_weights(config, choices):
         module.__class__ = torch.nn.Linear
         if module.weight.is_meta:  # the head may share the embedding's
             module.to_empty(device=DEVICE)
-            torch.nn.init.normal_(module.weight, std=0.02)
+            # Small enough that no input of a layer reaches 6: int8 keeps a copy of every
+            # such column, and in a random model they would be nearly all.
+            torch.nn.init.normal_(module.weight, std=0.005)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
         if kept is not None and name not in kept:
@@ -290,7 +308,8 @@ def make_optimizer(name, trained):
     import torch
 
     if name.startswith("adamw_torch"):
-        return torch.optim.AdamW(trained, fused=name.endswith("fused"))
+        # As transformers' trainer: without a word, PyTorch takes its loop over lists.
+        return torch.optim.AdamW(trained, fused=name.endswith("fused") or None)
     from bitsandbytes import optim
 
     paged = name.startswith("paged")

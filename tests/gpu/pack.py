@@ -4,8 +4,8 @@
 
 Such a machine has Python 3.12, torch with CUDA 13.0 and the packages of `THERE`, and takes
 64 MiB at a time, the repository included. Load a: wheels that are missing or older there,
-llama.cpp's source, the plan with its predictions, and as much of the embedded model's wheel
-as fits. Load b: the rest of it. Prints how each is used.
+the plan with its predictions, and as much of the embedded model's wheel as fits. Load b:
+the rest of it. Prints how each is used.
 """
 
 import argparse
@@ -63,7 +63,6 @@ def main():
         download(closure(course_packages()), LOADS / "wheels")
         only_one_cuda(next((LOADS / "wheels").glob("bitsandbytes-*.whl")))
         pack_wheels(LOADS / "wheels", wheels)
-    pack_llamacpp(a / "llama.cpp.tar.xz")
     b.mkdir(parents=True, exist_ok=True)
     for folder in (a, b):
         shutil.copy(HERE / "go.sh", folder / "go.sh")
@@ -172,27 +171,6 @@ def pack_wheels(folder, path):
     with tarfile.open(path, "w:xz", preset=9) as archive:
         archive.add(folder, "wheels")
     shutil.rmtree(folder)
-
-
-def pack_llamacpp(path):
-    """llama.cpp's source without what a build for CUDA does not need."""
-    from helpers import llamacpp
-
-    folder = llamacpp.source_folder()
-    kept = {"CMakeLists.txt", "LICENSE", "complete", "app", "cmake", "common", "conversion",
-            "ggml", "gguf-py", "include", "licenses", "scripts", "src", "tools", "vendor",
-            *llamacpp.CONVERTERS}  # fmt: skip
-    spared = re.compile(
-        r"/ggml-(cann|hexagon|metal|opencl|sycl|vulkan|webgpu)/|/ui/(src|tests)/"
-    )
-
-    def chosen(member):
-        return None if spared.search(f"{member.name}/") else member
-
-    with tarfile.open(path, "w:xz", preset=9) as archive:
-        for item in sorted(folder.iterdir()):
-            if item.name in kept:
-                archive.add(item, f"{folder.name}/{item.name}", filter=chosen)
 
 
 # ── predictions and model ────────────────────────────────────────────────────────────────

@@ -93,6 +93,7 @@ def env(save, _):
     save("memory", free_bytes=total[0], total_bytes=total[1])
     workspaces(save, here.compute_dtype)
     kernels(save)
+    scratch(save, here.compute_dtype)
 
 
 def workspaces(save, dtype):
@@ -130,6 +131,74 @@ def kernels(save):
                 label = f"{dtype} {'gqa' if heads != 8 else 'mha'} mask={masked}"
                 found[label.removeprefix("torch.")] = int(choice)
     save("sdpa_backend", **found)
+
+
+def scratch(save, dtype):
+    """What kernels take while they run, beside their inputs, outputs and gradients."""
+    import torch
+    from torch.nn import functional
+
+    def tensor(*shape, kind=dtype):
+        return torch.randn(*shape, device="cuda", dtype=kind, requires_grad=True)
+
+    def attention(rows, length, heads, shared, width):
+        q, k, v = (
+            tensor(rows, length, count, width).transpose(1, 2)
+            for count in (heads, shared, shared)
+        )
+        options = {"is_causal": True, "enable_gqa": heads != shared}
+        return lambda: functional.scaled_dot_product_attention(q, k, v, **options), (
+            q,
+            k,
+            v,
+        )
+
+    cases = {}
+    for rows, length, heads, shared, width in (
+        (1, 512, 32, 32, 96), (4, 1024, 32, 32, 96), (1, 500, 16, 16, 64),
+        (4, 1024, 16, 16, 64), (1, 1024, 16, 16, 64), (1, 4096, 16, 16, 64),
+        (2, 2048, 32, 8, 128), (1, 1024, 32, 8, 128), (1, 2048, 32, 32, 128),
+    ):  # fmt: skip
+        name = f"attention {rows}x{length}, {heads}/{shared} heads of {width}"
+        cases[name] = attention(rows, length, heads, shared, width)
+    scores = tensor(4, 16, 512, 512)
+    cases["softmax"] = (lambda: scores.softmax(-1), [scores])
+    cases["softmax into float32"] = (
+        lambda: scores.softmax(-1, dtype=torch.float32), [scores],
+    )  # fmt: skip
+    states, table = tensor(4096, 1024), tensor(50_000, 512)
+    norm, gain = torch.nn.LayerNorm(1024, device="cuda", dtype=dtype), tensor(4096, 1024)
+    line = torch.nn.Linear(1024, 4096, device="cuda", dtype=dtype)
+    for count in (500, 4096):
+        ids = torch.randint(0, 50_000, (count,), device="cuda")
+        cases[f"embedding of {count}"] = (
+            lambda ids=ids: functional.embedding(ids, table), [table],
+        )  # fmt: skip
+    cases["layer norm"] = (lambda: norm(states), [states, *norm.parameters()])
+    cases["linear with bias"] = (lambda: line(states), [states, *line.parameters()])
+    cases["gelu"] = (lambda: functional.gelu(gain), [gain])
+    for name, (call, inputs) in cases.items():
+        for round_ in range(2):  # the first one makes workspaces that stay
+            found = _scratch(call, inputs)
+            if round_:
+                save("scratch", what=name, **found)
+
+
+def _scratch(call, inputs):
+    """Bytes that a forward and a backward pass took at most and gave back."""
+    import torch
+
+    def peak_of(work):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+    out, forward = peak_of(call)
+    grad = torch.ones_like(out)
+    _, backward = peak_of(lambda: torch.autograd.grad(out, inputs, grad))
+    return {"forward": forward, "backward": backward}
 
 
 # ── codes: of the card against those of the CPU and ours ─────────────────────────────────
@@ -267,11 +336,13 @@ def gpu_tests(save, _):
             if report.failed:
                 save("error", what=report.nodeid, text=report.longreprtext[-1500:])
 
-    # Without the project's own options: they ask for plug-ins that may not be here, and a
-    # module that needs a missing package must not stop the others.
+    # Only modules that have such tests: some of the others need the model's weights.
+    # Without the project's own options: they ask for plug-ins that may not be here.
+    modules = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py"))
+               if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]  # fmt: skip
     status = pytest.main(
         ["-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider",
-         "--continue-on-collection-errors", str(ROOT / "tests")],
+         "--continue-on-collection-errors", *modules],
         plugins=[Lines()],
     )  # fmt: skip
     save("gpu_tests", status=int(status))
@@ -321,7 +392,8 @@ def answer(save, tokenizer, prompt, choices):
 def chapter(save, limit, name, folder):
     """A notebook as it stands; errors are noted and the next cell goes on.
 
-    A cell may take half of the chapter's time. The executed copy goes to `folder`.
+    A cell may take four fifths of the time that is left. The executed copy goes to
+    `folder`.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -345,11 +417,11 @@ def chapter(save, limit, name, folder):
              output=shown(cell)[: 3000 if error else 600])  # fmt: skip
         nbformat.write(notebook, folder / f"{name}.ipynb")
 
-    cell_limit = max(10, int(limit / 2))
-    late = {"ename": "Timeout", "evalue": f"no end within {cell_limit} s"}
+    until = time.monotonic() + limit
+    late = {"ename": "Timeout", "evalue": "four fifths of the time that was left"}
     NotebookClient(
         notebook,
-        timeout=cell_limit,
+        timeout_func=lambda _: max(10, int(0.8 * (until - time.monotonic()))),
         kernel_name="python3",
         allow_errors=True,
         interrupt_on_timeout=True,
