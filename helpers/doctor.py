@@ -183,7 +183,7 @@ def _llamacpp():
 
     program = llamacpp.find("llama-server")
     if program is None:
-        return WARN, "not there; Chapter 6 builds it once (about 8 minutes on two cores)"
+        return WARN, "not there; Chapter 6 builds it once (about 6 minutes on two cores)"
     if trouble := llamacpp.trouble():
         return WARN, f"{llamacpp.version(program) or program}: {trouble}"
     return OK, llamacpp.version(program)

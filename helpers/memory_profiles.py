@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from helpers.memory_cards import AMPERE, attention_kernels
+from helpers.memory_cards import AMPERE, attention_kernels, processors
 from helpers.memory_trace import rounded
 
 
@@ -162,15 +162,42 @@ class CudaKernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def scratch(func, args):
+def scratch(func, args, capability=AMPERE):
     """Bytes that the CUDA kernel of an operator takes while it runs, beside its outputs.
 
     The way back through softmax first makes the product of gradient and output
-    (aten/native/cuda/SoftMax.cu).
+    (aten/native/cuda/SoftMax.cu); a bias's gradient is a sum over many rows, whose parts
+    go to a buffer. Both were measured on an H100, to the byte.
     """
     if func is torch.ops.aten._softmax_backward_data.default:
         return args[0].numel() * max(args[0].itemsize, args[1].itemsize)
+    if func is torch.ops.aten.sum.dim_IntList and args[1] == [0] and args[0].dim() == 2:
+        return _column_sums(*args[0].shape, capability)
     return 0
+
+
+def _column_sums(rows, columns, capability):
+    """Bytes of the buffer in which CUDA's thread blocks meet when they add up rows.
+
+    As aten/native/cuda/Reduce.cuh lays the work out: threads side by side take columns,
+    threads above one another share the rows; a card with room to spare gives each column
+    to several blocks. The buffer has as many places for a block as it has threads.
+    """
+    vector = next(size for size in (4, 2, 1) if columns % size == 0)
+    most = 512 // vector  # threads of a block
+    widest, highest = (
+        min(most, 1 << (count.bit_length() - 1)) for count in (columns // vector, rows)
+    )
+    height = min(highest, most // min(widest, 32))
+    width = min(widest, most // height)
+    count, threads = processors(capability)
+    at_once = count * (threads // (width * height))
+    across = -(-columns // vector // width)
+    each = -(-rows // height)
+    if each < 256 or across > at_once:
+        return 0
+    blocks = max(min(-(-at_once // across), -(-each // 16)), -(-each // 256))
+    return 4 * columns * blocks * width * vector if blocks > 1 else 0
 
 
 def _widen(value):

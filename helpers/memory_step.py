@@ -5,6 +5,7 @@ Build the model on fakes, run one step, count (Chapter 5).
 
 import contextlib
 import copy
+import functools
 import logging
 import types
 import warnings
@@ -314,7 +315,8 @@ def trace(config, recipe, layers=None):
     total = config.num_hidden_layers
     short = layers is not None and layers < total
     full, config = config, config_with(config, layers) if short else config
-    ledger = Ledger(scratch=profiles.scratch if recipe.kernels == "cuda" else None)
+    scratch = functools.partial(profiles.scratch, capability=recipe.capability)
+    ledger = Ledger(scratch=scratch if recipe.kernels == "cuda" else None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(torch.random.fork_rng(devices=[]))

@@ -2,7 +2,8 @@
 
 Introduced in Chapter 2. Everything here is plain tensor arithmetic in a handful of
 vectorized lines, and the codes equal those of bitsandbytes 0.50's CPU kernels bit for bit
-(its CUDA kernels divide less exactly: a few codes may be apart there).
+(on an H100: NF4's too; FP4's but for its two zeros, which change places, and rare ties;
+int8's but for one in ten thousand, because CUDA divides less exactly).
 
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2110.02861),
 "LLM.int8()" (2208.07339) and "QLoRA" (2305.14314).

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 GPU = Path(__file__).resolve().parent / "gpu"
 sys.path.insert(0, str(GPU))
 
+import join  # noqa: E402
 import ladder  # noqa: E402
 import lines  # noqa: E402
 import measured  # noqa: E402
@@ -306,7 +308,11 @@ def test_every_gpu_test_is_a_line_and_a_broken_module_stops_none(tmp_path):
         "@pytest.mark.gpu\ndef test_bad():\n    assert 1 == 2\n"
         "def test_unmarked():\n    pass\n"
     )
-    (tmp_path / "tests" / "test_b.py").write_text("import no_such_package\n")
+    (tmp_path / "tests" / "test_b.py").write_text(
+        "import pytest\nimport no_such_package\npytestmark = pytest.mark.gpu\n"
+    )
+    # No test of a card in it: it is not even read.
+    (tmp_path / "tests" / "test_c.py").write_text("raise SystemExit('read')\n")
     code = (
         "import functools, sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "import lines, stages; stages.ROOT = pathlib.Path(sys.argv[2])\n"
@@ -464,6 +470,52 @@ def test_git_does_not_see_the_loads(tmp_path, monkeypatch):
     for _ in range(2):
         pack.unseen_by_git()
     assert exclude.read_text() == "/mine/\n/.gpu/\n"
+
+
+def test_reports_of_several_runs_are_put_together(tmp_path, capsys):
+    for number, names in enumerate((("env", "ladder"), ("ladder", "Chapter0"))):
+        folder = tmp_path / str(number) / "group"
+        folder.mkdir(parents=True)
+        for stage in names:
+            path = folder / f"{lines.slug(H100['card'])}.jsonl"
+            lines.save(path, stage, "stage", seconds=number)
+        if number == 0:  # the second run was killed before it could write its report
+            a_report(folder, H100, lines.read(path))
+    with tarfile.open(tmp_path / "0.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "0", ".")
+    out = tmp_path / "out"
+    out.mkdir()
+    given = [str(tmp_path / "0.tar.xz"), str(tmp_path / "1"), "--out", str(out)]
+    assert join.main([*given, "--late", "Chapter0"]) == 0
+    report = json.loads(next(out.glob("*.json")).read_text())
+    assert report["head"] == H100
+    found = [(x["stage"], x.get("seconds"), x.get("why")) for x in report["lines"]]
+    assert found == [
+        ("env", 0, None), ("ladder", 1, None), ("Chapter0", None, "no time was left"),
+    ]  # fmt: skip
+    a_report(tmp_path / "1", T4, [])
+    with pytest.raises(SystemExit):
+        join.main(given)
+    assert "is of a Tesla T4, not of a NVIDIA H100" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no report in"):
+        join.join([out / "nothing"])
+
+
+def test_wheels_travel_in_one_archive_and_stay_wheels(tmp_path):
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    text = b"the same words again " * 1000
+    for name in ("a-1-py3-none-any.whl", "b-1-py3-none-any.whl"):
+        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data", text)
+    pack.pack_wheels(folder, tmp_path / "wheels.tar.xz")
+    assert not folder.exists()
+    with tarfile.open(tmp_path / "wheels.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            assert archive.read("x/data") == text
+    assert len(list(folder.iterdir())) == 2
 
 
 # ── all of it ────────────────────────────────────────────────────────────────────────────

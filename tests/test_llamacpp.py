@@ -4,6 +4,7 @@ The build runs for real here, with CMake and a compiler, on a source tree of thr
 The tree of llama.cpp itself is built by the slow set where the cache is cold.
 """
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -335,6 +337,36 @@ def test_the_web_page_is_made_only_when_asked_for(cache, source, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name, **k: None)
     with pytest.raises(OSError, match=r"needs .*nvcc.* CUDA toolkit"):
         llamacpp.build(cuda=True)
+
+
+@BUILDS
+def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
+    """Asked by an option of one's own for CMake, which writes down its commands."""
+    (source / "ggml").mkdir()
+    (source / "ggml" / "g.cpp").write_text("int g() { return 0; }\n")
+    (source / "ggml" / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.10)\nproject(ggml CXX)\n"
+        "add_library(ggml STATIC g.cpp)\n"
+    )
+    (source / "CMakeLists.txt").write_text(LISTS + "add_subdirectory(ggml)\n")
+    monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
+    monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON '-DA=b c'")
+    real, commands = llamacpp._call, []
+
+    def call(command, folder, bar=None):
+        real(command, folder, bar)
+        if "--build" not in command:
+            assert "-DA=b c" in command
+            made = command[command.index("-B") + 1]
+            commands.extend(json.loads((made / "compile_commands.json").read_text()))
+
+    monkeypatch.setattr(llamacpp, "_call", call)
+    llamacpp.binary("llama-server")
+    level = {
+        Path(one["file"]).name: re.findall(r" -O\d", one["command"])[-1].strip()
+        for one in commands
+    }
+    assert level == {"main.cpp": "-O1", "g.cpp": "-O3"}
 
 
 def test_no_more_compilers_than_cores_and_memory_allow(monkeypatch):

@@ -548,6 +548,36 @@ def test_attention_kernels_and_masks():
     assert out.shape == q.shape and ledger.current > 4 * 128 * 128 * 4
 
 
+@pytest.mark.parametrize("by_a_view", [False, True])
+def test_gradients_are_added_up_as_without_a_ledger(by_a_view):
+    """In place, unless the first is a view: a ledger alone would keep autograd from it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    weight = torch.ones(30, 100, requires_grad=True)
+    inputs = torch.ones(1, 100)
+
+    def loss():
+        if by_a_view:  # the gradient of a linear layer's weight is one
+            out = F.linear(inputs, weight) + F.linear(inputs, weight)
+        else:
+            out = weight * 2 + weight * 3
+        return out.sum()
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        loss().backward()
+    names = [event.name for event in profiled.events()]
+    weight.grad, first = None, loss()
+    with Ledger(unit=1) as ledger:
+        first.backward()
+    gradient = weight.nbytes
+    if by_a_view:
+        assert "aten::add_" not in names and "aten::add" in names
+        assert 3 * gradient <= ledger.peak < 3.1 * gradient
+    else:
+        assert "aten::add_" in names
+        assert 2 * gradient <= ledger.peak < 2.1 * gradient
+
+
 def test_caching_allocator_rules():
     allocator = CachingAllocator()
     assert allocator.allocate("a", 1) == 512 and allocator.reserved == 2 * MIB

@@ -1,14 +1,21 @@
 """A card is an argument of the predictor: names, dtypes, kernels, workspaces, padding."""
 
+import json
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from helpers import memory, memory_cards, memory_profiles, memory_step
 from helpers.memory_trace import Ledger
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import ladder
 
 MIB = 2**20
 GROUPED = transformers.LlamaConfig(
@@ -305,3 +312,80 @@ def test_measure_tells_what_lay_there_before(monkeypatch):
         pass
     assert (found.before_bytes, found.peak_bytes) == (700, 1200)
     assert "from before" in str(found)
+
+
+# ── what a card has measured ─────────────────────────────────────────────────────────────
+RESULTS = Path(__file__).parent / "gpu" / "results"
+H100 = "nvidia-h100-80gb-hbm3.json"
+# Runs whose first prediction was wrong, or which nothing else holds: (report, id). Llama's
+# in four bits, PyTorch's and transformers' models, every kind of attention and optimizer.
+MEASURED = [
+    (RESULTS / H100, "Llama-3.1-8B nf4 16 2x2048"),
+    (RESULTS / H100, "Llama-3.1-8B int8 16 2x2048"),
+    (RESULTS / H100, "opt-350m 4x1024"),
+    (RESULTS / H100, "opt-350m adamw_torch 1x500"),
+    (RESULTS / H100, "opt-350m 16 eager False 2x1024"),
+    (RESULTS / H100, "Qwen2.5-1.5B-Instruct 2x1024 padded"),
+    (RESULTS / H100, "openai-community/gpt2 eager False 4x512"),
+    (RESULTS / "first" / H100, "Phi-3-mini-4k-instruct 16 eager 1x2048"),
+    (RESULTS / "first" / H100, "SmolLM2-135M-Instruct float32 False 2x128"),
+    (RESULTS / "first" / H100, "opt-350m paged_adamw_8bit 1x500"),
+]
+
+
+@pytest.mark.parametrize(("path", "name"), MEASURED, ids=[name for _, name in MEASURED])
+def test_predictions_are_what_an_h100_measured(path, name):
+    report = json.loads(path.read_text(encoding="utf-8"))
+    line = next(x for x in report["lines"] if x.get("id") == name and "measured" in x)
+    entry = next(x for x in ladder.runs(ladder.RUNGS, "bfloat16") if x["id"] == name)
+    predicted = ladder.predict(entry, ladder.card_of(report["head"]))
+    assert predicted["peak_bytes"] == pytest.approx(line["measured"], rel=0.005)
+
+
+def test_what_kernels_take_is_what_an_h100_measured():
+    """To the byte, but for the allocator's rounding of a counter beside the buffer."""
+    report = json.loads((RESULTS / H100).read_text(encoding="utf-8"))
+    took = {x["what"]: x["backward"] for x in report["lines"] if x["kind"] == "scratch"}
+    hopper = (9, 0)
+    assert memory_profiles._column_sums(4096, 4096, hopper) == 2**27
+    assert took["linear with bias"] == 2**27 + 512
+    with FakeTensorMode():
+        scores = torch.empty(4, 16, 512, 512, dtype=torch.bfloat16)
+        softmax = torch.ops.aten._softmax_backward_data.default
+        assert memory_profiles.scratch(softmax, (scores, scores)) == took["softmax"]
+    # Flash and cuDNN: float32 dQ, and dK and dV for each query head where heads are shared.
+    for rows, length, heads, shared, width in (
+        (4, 1024, 16, 16, 64),
+        (2, 2048, 32, 8, 128),
+    ):
+        name = f"attention {rows}x{length}, {heads}/{shared} heads of {width}"
+        assert ours_beside_gradients(rows, length, heads, shared, width) == pytest.approx(
+            took[name], rel=0.03
+        )
+
+
+def ours_beside_gradients(rows, length, heads, shared, width):
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(
+                rows, count, length, width, dtype=torch.bfloat16, requires_grad=True
+            )
+            for count in (heads, shared, shared)
+        )
+        out = memory_profiles.cuda_attention(q, k, v, causal=True, gqa=heads != shared)
+        grad = torch.empty_like(out)
+        with Ledger() as ledger:
+            found = torch.autograd.grad(out, (q, k, v), grad)
+        return ledger.peak - sum(x.nbytes for x in found)
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 5), (8, 7), (9, 0), (10, 3), (12, 1)])
+def test_every_generation_has_a_number_of_processors(capability):
+    count, threads = memory_cards.processors(capability)
+    assert count >= 40 and threads in (1024, 1536, 2048)
+
+
+def test_few_rows_need_no_buffer():
+    assert memory_profiles._column_sums(500, 4096, (9, 0)) == 0
+    assert memory_profiles._column_sums(4096, 4095, (9, 0)) > 0  # one column at a time
+    assert memory_profiles._column_sums(4096, 1, (9, 0)) >= 0

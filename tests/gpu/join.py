@@ -1,10 +1,10 @@
 """Put the results of several runs on one card together, into `results/<card>.json`.
 
-    python tests/gpu/join.py results.tar.xz more.tar.xz
+    python tests/gpu/join.py results.tar.xz more.tar.xz --late Chapter5
 
 Takes what `go.sh` sends back, or folders with results of `report.py`, in the order in
-which they were made: a stage that ran again replaces what it found before; of the ladder,
-a run replaces itself.
+which they were made: a stage that ran again replaces what it found before. `--late` names
+stages that a machine lent for minutes had no time for: they count as skipped.
 """
 
 import argparse
@@ -21,30 +21,29 @@ import lines  # noqa: E402
 import report  # noqa: E402
 
 
-def join(folders):
+def join(folders, late=()):
     """(head, lines) of all the reports in these folders, later stages instead of earlier.
 
-    Raises ValueError where there is no report, or where they are of different cards.
+    late: stages whose lines are left out, as skipped. Raises ValueError where there is no
+    report, or where they are of different cards.
     """
     head, stages = None, {}
     for folder in map(Path, folders):
-        new = {}
-        for path in sorted(folder.rglob("*.jsonl")):
-            read = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["head"]
+        for path in sorted(folder.rglob("*.json")):
+            read = json.loads(path.read_text(encoding="utf-8"))["head"]
             if head is not None and read["card"] != head["card"]:
                 raise ValueError(f"{path} is of a {read['card']}, not of a {head['card']}")
             head = read
+        new = {}
+        for path in sorted(folder.rglob("*.jsonl")):  # there even where a run was killed
             for line in lines.read(path):
                 new.setdefault(line["stage"], []).append(line)
-        if "ladder" in stages and "ladder" in new:
-            again = {line.get("id") for line in new["ladder"]}
-            new["ladder"][:0] = [
-                line for line in stages["ladder"]
-                if line["kind"] == "run" and line["id"] not in again
-            ]  # fmt: skip
         stages |= new
     if head is None:
         raise ValueError(f"no report in {', '.join(map(str, folders))}")
+    for name in late:
+        found = {"kind": "skipped", "stage": name, "what": name}
+        stages[name] = [found | {"why": "no time was left"}]
     return head, [line for found in stages.values() for line in found]
 
 
@@ -52,6 +51,7 @@ def main(arguments=None):
     """Parse the command line; returns the exit status, 1 when something had failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="archives or folders")
+    parser.add_argument("--late", nargs="*", default=[], metavar="STAGE")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
@@ -63,7 +63,7 @@ def main(arguments=None):
                 path = folder
             folders.append(path)
         try:
-            head, found = join(folders)
+            head, found = join(folders, options.late)
         except ValueError as error:
             parser.error(str(error))
     path = options.out / f"{lines.slug(head['card'])}.json"
