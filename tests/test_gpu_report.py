@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -510,8 +511,7 @@ def test_wheels_travel_in_one_archive_and_stay_wheels(tmp_path):
             archive.writestr("x/data", text)
     pack.pack_wheels(folder, tmp_path / "wheels.tar.xz")
     assert not folder.exists()
-    with tarfile.open(tmp_path / "wheels.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(tmp_path / "wheels.tar.xz", tmp_path)
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             assert archive.read("x/data") == text

@@ -9,8 +9,8 @@ stages that a machine lent for minutes had no time for: they count as skipped.
 
 import argparse
 import json
+import shutil
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -58,8 +58,8 @@ def main(arguments=None):
         folders = []
         for number, path in enumerate(options.results):
             if path.is_file():
-                with tarfile.open(path) as archive:
-                    archive.extractall(folder := Path(place, str(number)), filter="data")
+                folder = Path(place, str(number))
+                shutil.unpack_archive(path, folder)
                 path = folder
             folders.append(path)
         try:
