@@ -2,7 +2,7 @@
 
 Introduced in Chapter 2. Everything here is plain tensor arithmetic in a handful of
 vectorized lines, and the codes equal those of bitsandbytes 0.50's CPU kernels bit for bit
-(on an H100: NF4's too; FP4's but for its two zeros, which change places, and rare ties;
+(on an H100: NF4's too; FP4's but for its two zeros, which change places, and ties;
 int8's but for one in ten thousand, because CUDA divides less exactly).
 
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2110.02861),
