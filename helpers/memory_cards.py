@@ -51,7 +51,8 @@ _TABLE = [
 ]
 CARDS = {name: Card(name, mib * 2**20, cc) for name, mib, cc in _TABLE}
 
-# (multiprocessors, threads each holds at once) of the best known card of a capability.
+# (multiprocessors, threads each holds at once) of one card of each capability: T4, A100,
+# RTX 3090, RTX 4090, H100, B200, RTX 5090. Its relatives may have half as many or more.
 _PROCESSORS = {
     (7, 5): (40, 1024), (8, 0): (108, 2048), (8, 6): (82, 1536), (8, 9): (128, 1536),
     (9, 0): (132, 2048), (10, 0): (148, 2048), (12, 0): (170, 1536),
@@ -110,7 +111,7 @@ def half_dtype(capability):
 
 
 def processors(capability):
-    """(multiprocessors, threads each holds at once) of a usual card of this capability."""
+    """(multiprocessors, threads each holds at once) of one card of this capability."""
     known = [one for one in _PROCESSORS if one <= capability] or [min(_PROCESSORS)]
     return _PROCESSORS[max(known)]
 
@@ -119,8 +120,8 @@ def attention_kernels(capability, dtype):
     """PyTorch's SDPA kernels for queries of `dtype` ('float16', …), in order of preference.
 
     Flash attention needs 8.0 and 16 bits; below 8.0 the memory-efficient kernel takes no
-    bfloat16. cuDNN's, which PyTorch prefers on 9.x and 10.x, is counted as flash: on an
-    H100 it took the same bytes.
+    bfloat16. cuDNN's, which PyTorch prefers on 9.x and 10.x, is counted as flash (on an
+    H100 it took 1 to 2 % more while it ran), and with a mask as the efficient kernel.
     """
     modern = capability >= AMPERE
     kernels = ["flash"] if modern and dtype != "float32" else []

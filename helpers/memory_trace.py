@@ -9,8 +9,10 @@ import bisect
 import collections
 import contextlib
 import itertools
+import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,11 +85,9 @@ class Ledger(TorchDispatchMode):
 
     def _leave(self, block, size, category):
         position = len(self.events)
-        if self._sum and self._sum[0] == block:
+        if self._sum == (block, position - 1):
             # Nobody else held the first term: with real tensors, the sum is written there.
-            if all(change < 0 for _, change, _ in self.events[self._sum[1] + 1 :]):
-                position = self._sum[1]
-            self._sum = None
+            position -= 1
         self.events.insert(position, (block, -size, category))
 
     def mark(self, name):
@@ -115,7 +115,7 @@ class Ledger(TorchDispatchMode):
                 and leaf.untyped_storage()._cdata not in self.live
             ):
                 self.adopt(leaf, self.category)
-        if func is torch.ops.aten.add.Tensor and _in_backward():
+        if func is torch.ops.aten.add.Tensor and _asked_by_autograd():
             first = self.live.get(args[0].untyped_storage()._cdata)
             alone = first and not args[0]._is_view()  # a view shares it with its base
             self._sum = (first[1], position) if alone else None
@@ -144,9 +144,15 @@ class Ledger(TorchDispatchMode):
         return highest
 
 
-def _in_backward():
-    """Whether autograd's own work is going on (a recomputed forward pass records)."""
-    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+def _asked_by_autograd():
+    """Whether an operator comes from autograd's engine, and from no Python code under it.
+
+    (Custom backward functions and recomputed forward passes are such code.)
+    """
+    frame = sys._getframe(2)  # whoever called the operator that __torch_dispatch__ got
+    while frame and Path(frame.f_code.co_filename).name in ("_compile.py", "eval_frame.py"):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 Introduced in Chapter 2. Everything here is plain tensor arithmetic in a handful of
 vectorized lines, and the codes equal those of bitsandbytes 0.50's CPU kernels bit for bit
-(on an H100: NF4's too; FP4's but for its two zeros, which change places, and ties;
-int8's but for one in ten thousand, because CUDA divides less exactly).
+(on an H100: NF4's too, though 2 in 1,000 of its double-quantized scales differ; FP4's but
+for its two zeros, which change places, and in bfloat16 one byte in nine hundred; int8's but
+for one in ten thousand, because CUDA divides less exactly).
 
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2110.02861),
 "LLM.int8()" (2208.07339) and "QLoRA" (2305.14314).

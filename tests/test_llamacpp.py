@@ -361,7 +361,9 @@ def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
             commands.extend(json.loads((made / "compile_commands.json").read_text()))
 
     monkeypatch.setattr(llamacpp, "_call", call)
-    llamacpp.binary("llama-server")
+    own = llamacpp.binary("llama-server")
+    monkeypatch.delenv("CMAKE_ARGS")
+    assert llamacpp.find("llama-server") != own, "a build with other options is another"
     level = {
         Path(one["file"]).name: re.findall(r" -O\d", one["command"])[-1].strip()
         for one in commands

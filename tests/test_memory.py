@@ -578,6 +578,26 @@ def test_gradients_are_added_up_as_without_a_ledger(by_a_view):
         assert 2 * gradient <= ledger.peak < 2.1 * gradient
 
 
+def test_a_sum_in_a_backward_of_ones_own_is_not_in_place():
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            first = grad * 2
+            both = first + grad
+            del first
+            return both
+
+    x = torch.ones(1000, requires_grad=True)
+    loss, grad = Own.apply(x), torch.ones(1000)
+    with Ledger(unit=1) as ledger:
+        torch.autograd.grad(loss, x, grad)
+    assert ledger.peak == 2 * x.nbytes
+
+
 def test_caching_allocator_rules():
     allocator = CachingAllocator()
     assert allocator.allocate("a", 1) == 512 and allocator.reserved == 2 * MIB

@@ -22,8 +22,10 @@ if [ "$part" = 1 ]; then
     groups=("${@:3}")
     [ ${#groups[@]} -gt 0 ] || groups=(env,codes,gpu_tests ladder)
 else
-    cat "$base/model/part0" "$here/part1" >"$base/model/$(cat "$base/name")"
-    rm "$base/model/part0"
+    if [ -f "$base/model/part0" ]; then # else it has been put together before
+        cat "$base/model/part0" "$here/part1" >"$base/model/$(cat "$base/name")"
+        rm "$base/model/part0"
+    fi
     seconds=${2:-250}
     groups=("${@:3}")
     [ ${#groups[@]} -gt 0 ] || groups=(Chapter0 Chapter5 model,Chapter2,Chapter3 Chapter4)
@@ -31,7 +33,8 @@ else
     python3 -c 'from helpers import models; models.embedded_folder()'
 fi
 # As many threads as each group has cores: more of them would wait for one another.
-export OMP_NUM_THREADS=$(($(nproc) / ${#groups[@]}))
+cores=$(($(nproc) / ${#groups[@]}))
+export OMP_NUM_THREADS=$((cores > 0 ? cores : 1))
 for group in "${groups[@]}"; do
     python3 tests/gpu/report.py --out "$OUT/$group" --plan "$base/plan.json" \
         --seconds "$seconds" --stages "$group" >"$OUT/$group.log" 2>&1 &

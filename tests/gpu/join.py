@@ -4,7 +4,7 @@
 
 Takes what `go.sh` sends back, or folders with results of `report.py`, in the order in
 which they were made: a stage that ran again replaces what it found before. `--late` names
-stages that a machine lent for minutes had no time for: they count as skipped.
+stages that the clock cut off on a machine lent for minutes: they count as skipped.
 """
 
 import argparse
@@ -38,7 +38,9 @@ def join(folders, late=()):
         for path in sorted(folder.rglob("*.jsonl")):  # there even where a run was killed
             for line in lines.read(path):
                 new.setdefault(line["stage"], []).append(line)
-        stages |= new
+        for name, found in new.items():  # "no time was left" replaces nothing
+            if name not in stages or any(line["kind"] != "skipped" for line in found):
+                stages[name] = found
     if head is None:
         raise ValueError(f"no report in {', '.join(map(str, folders))}")
     for name in late:
