@@ -1,35 +1,15 @@
 """The tested pieces behind the course: import this at work the next day.
 
-`import helpers` is instant. A module loads when you first touch it
-(`helpers.lora`), and torch and friends load when a function needs them.
+`import helpers` is instant. A module loads when you first touch it (`helpers.lora`), and
+torch and friends load when a function needs them.
 """
 
 import importlib
+import pkgutil
 
-__all__ = [
-    "attention",
-    "batches",
-    "chat",
-    "data",
-    "doctor",
-    "evaluation",
-    "exercises",
-    "floats",
-    "generation",
-    "gguf",
-    "lora",
-    "memory",
-    "models",
-    "notebooks",
-    "places",
-    "plots",
-    "quantization",
-    "runtime",
-    "serving",
-    "speed",
-    "training",
-    "widgets",
-]
+__all__ = sorted(
+    module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+)
 
 
 def __getattr__(name):

@@ -4,14 +4,12 @@ import argparse
 import subprocess
 import sys
 
-from helpers import notebooks
+from helpers.course import notebooks
 
 
 def main(arguments=None):
     """Parse and run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers", description="The course's commands."
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="The course's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="execute chapters in a fresh kernel each")
@@ -77,7 +75,7 @@ def _lab(options):
 
 
 def _doctor(options):
-    from helpers import doctor
+    from helpers.course import doctor
 
     if options.error:
         print(doctor.explain(options.error))
@@ -87,7 +85,7 @@ def _doctor(options):
 
 
 def _sync(options):
-    from helpers import doctor
+    from helpers.course import doctor
 
     # Each brings a page in step with the code and returns the names that changed.
     pages = (doctor.write_page, notebooks.write_measured_cards)

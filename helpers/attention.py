@@ -271,8 +271,7 @@ def read_heads(model, tokenizer, text):
     longest = getattr(config, "sliding_window", None) or config.max_position_embeddings
     if not 0 < input_ids.shape[1] <= longest:
         raise ValueError(
-            f"text must have 1 to {longest} tokens (the model's window), "
-            f"not {input_ids.shape[1]}"
+            f"text must have 1 to {longest} tokens (the model's window), not {input_ids.shape[1]}"
         )
     found = []
 
@@ -281,9 +280,7 @@ def read_heads(model, tokenizer, text):
         rotary = keywords.get("position_embeddings")
         found.append(_layer_weights(module, hidden, rotary, config))
 
-    layers = [
-        m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")
-    ]
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in layers]
     try:
         model(**inputs, use_cache=False)
@@ -338,8 +335,7 @@ def plot_lookup(query, keys, values, labels, *, unit=""):
     plane.set(xlabel="feature 1", ylabel="feature 2", title="query (blue) and keys (gray)")
     bars.barh(range(n), weights.tolist(), color=plots.COLORS["blue"])
     named = [
-        f"{name}: {value:g}{unit}"
-        for name, value in zip(labels, values.tolist(), strict=True)
+        f"{name}: {value:g}{unit}" for name, value in zip(labels, values.tolist(), strict=True)
     ]
     bars.set_yticks(range(n), named)
     bars.invert_yaxis()
@@ -349,6 +345,4 @@ def plot_lookup(query, keys, values, labels, *, unit=""):
 
 
 def _arrow(ax, x, y, color):
-    ax.annotate(
-        "", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2.5}
-    )
+    ax.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2.5})

@@ -49,9 +49,7 @@ class Report:
 
     def _repr_html_(self, limit=12):
         # Failures first: they teach more than successes.
-        shown = sorted(
-            self.examples, key=lambda example: (example.exact, example.valid_order)
-        )
+        shown = sorted(self.examples, key=lambda example: (example.exact, example.valid_order))
         rows = "".join(_row(example) for example in shown[:limit])
         style = "text-align:left"
         head = "".join(
@@ -63,9 +61,7 @@ class Report:
 
 
 def _row(example):
-    verdict = (
-        "exact" if example.exact else "valid order" if example.valid_order else "wrong"
-    )
+    verdict = "exact" if example.exact else "valid order" if example.valid_order else "wrong"
     texts = (example.sentence, example.reference, _shorten(example.answer), verdict)
     return (
         "<tr>"
@@ -158,9 +154,7 @@ def valid_order(sentence, answer):
 
     A command may gain "you must". An answer in the original order is not valid.
     """
-    before, after = (
-        data.words(data.strip_interjections(text)) for text in (sentence, answer)
-    )
+    before, after = (data.words(data.strip_interjections(text)) for text in (sentence, answer))
     added = Counter(after) - Counter(before)
     missing = Counter(before) - Counter(after)
     only_listed = not added or added == Counter(ADDED_WORDS)

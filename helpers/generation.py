@@ -21,9 +21,7 @@ def chat_prompt(tokenizer, message):
             "tokenizer has no chat template; set one, for example "
             "tokenizer.chat_template = chat.chatml_template()"
         )
-    return tokenizer.apply_chat_template(
-        message, tokenize=False, add_generation_prompt=True
-    )
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 def generate(
@@ -66,12 +64,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [texts[index] for index in chosen]
-            produced = _generate_batch(
-                model, tokenizer, batch, max_new_tokens, response_only
-            )
-            decoded = tokenizer.batch_decode(
-                produced, skip_special_tokens=skip_special_tokens
-            )
+            produced = _generate_batch(model, tokenizer, batch, max_new_tokens, response_only)
+            decoded = tokenizer.batch_decode(produced, skip_special_tokens=skip_special_tokens)
             for index, answer in zip(chosen, decoded, strict=True):
                 answers[index] = answer.strip() if response_only else answer
     return answers[0] if single else answers

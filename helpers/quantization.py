@@ -143,9 +143,7 @@ def quantize_int8(matrix, *, threshold=0.0):
     """
     _check_weights(matrix, "matrix")
     if matrix.ndim != 2:
-        raise ValueError(
-            f"matrix must have two dimensions, not shape {tuple(matrix.shape)}"
-        )
+        raise ValueError(f"matrix must have two dimensions, not shape {tuple(matrix.shape)}")
     if not isinstance(threshold, int | float) or not threshold >= 0:
         raise ValueError(f"threshold must be 0.0 (off) or positive, not {threshold!r}")
     half = matrix.detach().to(torch.float16)
@@ -298,9 +296,7 @@ def _quantize_4bit(weights, kind, block_size, double_quantize):
     if double_quantize:
         offset = absmax.mean()
         scales, nested_absmax = _quantize_scales(absmax - offset)
-    return Quantized4Bit(
-        packed, scales, nested_absmax, offset, kind, block_size, shape, dtype
-    )
+    return Quantized4Bit(packed, scales, nested_absmax, offset, kind, block_size, shape, dtype)
 
 
 def _quantize_scales(scales):

@@ -20,9 +20,7 @@ def stochastic_round(values, *, generator=None):
     otherwise. Nothing global is changed but the state of the generator.
     """
     if not torch.is_tensor(values) or not values.is_floating_point():
-        raise TypeError(
-            f"values must be a floating-point tensor, not {type(values).__name__}"
-        )
+        raise TypeError(f"values must be a floating-point tensor, not {type(values).__name__}")
     exact = values.detach().to(torch.float32)
     noise = torch.randint(
         0,
@@ -58,9 +56,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         seed=0,
     ):
         if rounding not in ("nearest", "stochastic"):
-            raise ValueError(
-                f"rounding must be 'nearest' or 'stochastic', not {rounding!r}"
-            )
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
         self.rounding, self.seed = rounding, seed
@@ -102,6 +98,4 @@ class BFloat16AdamW(torch.optim.Optimizer):
         mean = mean / (1 - first ** state["step"])
         square = square / (1 - second ** state["step"])
         kept = weight.float() * (1 - group["lr"] * group["weight_decay"])
-        weight.copy_(
-            self._rounded(kept - group["lr"] * mean / (square.sqrt() + group["eps"]))
-        )
+        weight.copy_(self._rounded(kept - group["lr"] * mean / (square.sqrt() + group["eps"])))

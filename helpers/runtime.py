@@ -66,9 +66,7 @@ class Runtime:
 
     def rows(self):
         """(label, value) pairs, the content of the table."""
-        hub = (
-            "not reachable: the embedded model and data are used" if self.offline else "yes"
-        )
+        hub = "not reachable: the embedded model and data are used" if self.offline else "yes"
         dtype = str(self.compute_dtype).removeprefix("torch.")
         why = f" ({self.dtype_reason})" if self.dtype_reason else ""
         packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")

@@ -198,9 +198,7 @@ def _take_turns(functions, arguments, min_run_time, rounds):
         )
     for _ in range(rounds):
         for name, timer in timers.items():
-            measured[name].append(
-                timer.blocked_autorange(min_run_time=min_run_time / rounds)
-            )
+            measured[name].append(timer.blocked_autorange(min_run_time=min_run_time / rounds))
     return {
         name: Timing(
             name=name,
@@ -225,8 +223,7 @@ def _check_budget(min_run_time, rounds):
     number = isinstance(min_run_time, (int, float)) and not isinstance(min_run_time, bool)
     if not number or not 0 < min_run_time < math.inf:
         raise ValueError(
-            f"min_run_time must be a positive number of seconds, such as 0.5; "
-            f"got {min_run_time!r}"
+            f"min_run_time must be a positive number of seconds, such as 0.5; got {min_run_time!r}"
         )
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds must be a whole number of at least 1; got {rounds!r}")

@@ -13,9 +13,7 @@ def _missing():
         import playwright  # noqa: F401
     except ImportError:
         return "playwright is not installed (requirements.txt has it)"
-    return (
-        "" if CHROMIUM else "there is no Chromium here (Debian: apt-get install chromium)"
-    )
+    return "" if CHROMIUM else "there is no Chromium here (Debian: apt-get install chromium)"
 
 
 needs_browser = pytest.mark.skipif(bool(_missing()), reason=_missing() or "all is there")

@@ -31,6 +31,6 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def own_progress(monkeypatch, tmp_path):
     """Exercises solved by a test are not written into the progress of whoever runs it."""
-    from helpers.exercises import _progress
+    from helpers.course.exercises import _progress
 
     monkeypatch.setattr(_progress, "path", lambda: tmp_path / _progress.FILE)

@@ -134,9 +134,7 @@ class Reader:
                 return self._named(name, node, scope)
             case ast.Attribute(value=value, attr=attr):
                 found = self.resolve(value, scope)
-                return tuple(
-                    getattr(thing, attr) for thing in found if hasattr(thing, attr)
-                )
+                return tuple(getattr(thing, attr) for thing in found if hasattr(thing, attr))
             case ast.Call(func=ast.Name(id="super"), args=[]):
                 return self._own(node)
             case ast.Call(func=func):
@@ -293,16 +291,12 @@ def complaint(call, extra, real):
 
     extra: {key: keywords its ** takes}. real: {key: function whose signature counts}.
     """
-    found = [
-        _complaint(call, real.get(key(target), target), extra) for target in call.targets
-    ]
+    found = [_complaint(call, real.get(key(target), target), extra) for target in call.targets]
     return min(found, key=len)
 
 
 def _complaint(call, target, extra):
-    target = (
-        target if inspect.isroutine(target) or inspect.isclass(target) else target.__call__
-    )
+    target = target if inspect.isroutine(target) or inspect.isclass(target) else target.__call__
     if key(target).endswith("Module._wrapped_call_impl"):
         target = target.__self__.forward  # what calling a torch module comes down to
     try:
@@ -338,9 +332,7 @@ def _complaint(call, target, extra):
 def unpacked(annotation):
     """The keywords of `**kwargs: Unpack[SomeTypedDict]`."""
     inside = typing.get_args(annotation)
-    return set().union(
-        *(part.__required_keys__ | part.__optional_keys__ for part in inside)
-    )
+    return set().union(*(part.__required_keys__ | part.__optional_keys__ for part in inside))
 
 
 def inherited(target):

@@ -317,9 +317,7 @@ class Follower:
 
     def call(self, node):
         func, args = node.func, self.sequence(node.args)
-        given = self.mapping(
-            (k.arg and ast.Constant(k.arg), k.value) for k in node.keywords
-        )
+        given = self.mapping((k.arg and ast.Constant(k.arg), k.value) for k in node.keywords)
         if is_a(func, ast.Attribute):
             base = self.value(func.value)
             if is_a(base, Thing):

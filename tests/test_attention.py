@@ -4,11 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from helpers import attention, models, widgets
+from helpers import attention, models
 from helpers.attention import (
     MultiHeadAttention,
     attention_weights,
@@ -20,6 +16,10 @@ from helpers.attention import (
     split_heads,
     tiled_attention,
 )
+from helpers.course import widgets
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -65,9 +65,7 @@ def test_padding_mask():
 def test_equals_sdpa(kv_heads, causal):
     query, key, value = qkv(kv_heads=kv_heads)
     output, weights = attention.attention(query, key, value, causal=causal)
-    expected = scaled_dot_product_attention(
-        query, key, value, is_causal=causal, enable_gqa=True
-    )
+    expected = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     torch.testing.assert_close(output, expected, **CLOSE)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6, 37))
     if causal:
@@ -84,9 +82,7 @@ def test_equals_sdpa_with_padding(side, causal, kv_heads):
     mask = padding_mask(real)
     full_mask = mask & causal_mask(9) if causal else mask
     output, weights = attention.attention(query, key, value, mask=mask, causal=causal)
-    expected = scaled_dot_product_attention(
-        query, key, value, attn_mask=full_mask, enable_gqa=True
-    )
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=full_mask, enable_gqa=True)
     torch.testing.assert_close(output, expected, **CLOSE)
     assert weights[0, ..., real[0] == 0].eq(0).all()
 
@@ -102,9 +98,7 @@ def test_scale_can_be_chosen():
 def test_one_query_from_a_cache():
     query, key, value = qkv(queries=1)
     output, _ = attention.attention(query, key, value, causal=True)
-    torch.testing.assert_close(
-        output, scaled_dot_product_attention(query, key, value), **CLOSE
-    )
+    torch.testing.assert_close(output, scaled_dot_product_attention(query, key, value), **CLOSE)
 
 
 def test_query_that_may_look_nowhere_gets_zeros_and_finite_gradients():
@@ -139,9 +133,7 @@ def test_output_keeps_the_dtype(dtype):
     query, key, value = qkv(dtype=dtype)
     output, weights = attention.attention(query, key, value, causal=True)
     assert output.dtype == weights.dtype == dtype
-    exact, _ = attention.attention(
-        query.double(), key.double(), value.double(), causal=True
-    )
+    exact, _ = attention.attention(query.double(), key.double(), value.double(), causal=True)
     assert (output.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps
 
 
@@ -162,9 +154,7 @@ def test_wrong_input_is_named():
 def test_tiled_equals_sdpa(block_size, causal, kv_heads):
     query, key, value = qkv(kv_heads=kv_heads)
     output = tiled_attention(query, key, value, causal=causal, block_size=block_size)
-    expected = scaled_dot_product_attention(
-        query, key, value, is_causal=causal, enable_gqa=True
-    )
+    expected = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     torch.testing.assert_close(output, expected, **CLOSE)
 
 
@@ -355,9 +345,7 @@ def test_a_real_layers_state_dict_loads_and_gives_its_output():
     rotary = model.model.rotary_emb(hidden, torch.arange(6).expand(2, 6))
     mask = torch.zeros(6, 6).masked_fill(~causal_mask(6), -math.inf)[None, None]
     with torch.no_grad():
-        expected, own_weights = layer(
-            hidden, position_embeddings=rotary, attention_mask=mask
-        )
+        expected, own_weights = layer(hidden, position_embeddings=rotary, attention_mask=mask)
         output, weights = ours(hidden, rotary=rotary)
     torch.testing.assert_close(output, expected, **CLOSE)
     torch.testing.assert_close(weights, own_weights, **CLOSE)
@@ -424,16 +412,12 @@ def test_plot_lookup_shows_the_blend():
 
 def test_explorers_make_pictures(monkeypatch, heads):
     shown = []
-    monkeypatch.setattr(
-        widgets, "explore", lambda draw, **controls: shown.append((draw, controls))
-    )
+    monkeypatch.setattr(widgets, "explore", lambda draw, **controls: shown.append((draw, controls)))
     widgets.attention_heads(heads, layer=2, head=1)
     widgets.moving_query([[1.0, 0.0], [0.0, 1.0]], [12, 5], ["east", "north"], unit=" °C")
     assert shown[0][1] == {"layer": (0, 2, 1, 2), "head": (0, 1, 1, 1)}
     assert set(shown[1][1]) == {"angle", "length"}
     for draw, controls in shown:
-        still = widgets._still(
-            draw(**{name: control[3] for name, control in controls.items()})
-        )
+        still = widgets._still(draw(**{name: control[3] for name, control in controls.items()}))
         assert len(still["image/png"]) > 1000
         assert still.get("text/html", "") is not None  # a None here breaks the notebook

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-
-from helpers import batches, chat, models
+from helpers import chat, models
+from helpers.chat import batches
 
 LENGTHS = (20, 63, 9, 90, 31)
 
@@ -39,9 +39,7 @@ def rows():
     made = []
     for length in LENGTHS:
         ids = torch.randint(20, 200, (length,), generator=generator).tolist()
-        made.append(
-            {"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]}
-        )
+        made.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
     return made
 
 
@@ -83,9 +81,7 @@ def test_what_each_strategy_costs():
 
 def test_the_transformers_collator_drops_our_labels():
     """Why completion-only loss needs another collator: it trains every prompt."""
-    ours, theirs = (
-        layouts()[f"padding ({name})"] for name in ("TRL", "transformers, mlm=False")
-    )
+    ours, theirs = (layouts()[f"padding ({name})"] for name in ("TRL", "transformers, mlm=False"))
     real = ours.samples != batches.PADDING
     assert (theirs.batch["labels"] == theirs.batch["input_ids"])[real].all()
     assert (ours.batch["labels"] == -100)[real].any()

@@ -12,10 +12,10 @@ import shutil
 import nbformat
 import pytest
 import torch
+from helpers import chat, data, evaluation, models, training
+from helpers.course import exercises, notebooks
+from helpers.course.exercises import chapter0, chapter4
 from nbclient import NotebookClient
-
-from helpers import chat, data, evaluation, exercises, models, notebooks, training
-from helpers.exercises import chapter0, chapter4
 
 pytestmark = pytest.mark.environments
 PHI_TEMPLATE = (
@@ -108,15 +108,12 @@ def opt(tmp_path_factory):
         # Not Chapter 6: on a card it takes the embedded model too.
     ],
 )
-def test_a_chapter_runs_with_a_model_like_the_books(
-    chapter, kind, request, tmp_path, monkeypatch
-):
+def test_a_chapter_runs_with_a_model_like_the_books(chapter, kind, request, tmp_path, monkeypatch):
     folder = request.getfixturevalue(kind)
     notebook = nbformat.read(notebooks.find(chapter), as_version=4)
     second = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"][1]
     swap = (
-        "from helpers import models\n"
-        f"models.default_model = lambda chapter=None: {str(folder)!r}"
+        f"from helpers import models\nmodels.default_model = lambda chapter=None: {str(folder)!r}"
     )
     notebook.cells.insert(second, nbformat.v4.new_code_cell(swap))
     paths = [str(notebooks.root()), os.environ.get("PYTHONPATH", "")]

@@ -11,12 +11,13 @@ import types
 import venv
 from pathlib import Path
 
-import environments
 import nbformat
 import pytest
 import yaml
+from helpers import runtime
+from helpers.course import notebooks, places
 
-from helpers import notebooks, places, runtime
+import environments
 
 ROOT = notebooks.root()
 TAKEN_ALONG = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*_cache")
@@ -142,7 +143,7 @@ def test_without_pip_uv_or_pythons_own_copy_installs(tmp_path, monkeypatch, uv):
         [
             python,
             "-c",
-            "from helpers import places; places._pip_install(['no-such==1'], [])",
+            "from helpers.course import places; places._pip_install(['no-such==1'], [])",
         ],
         capture_output=True,
         text=True,
@@ -269,9 +270,7 @@ def installed(tmp_path):
     def run(*command):
         around = {**os.environ, "PYTHONPATH": str(site)}
         command = [sys.executable, *command]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=around, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=tmp_path, env=around, capture_output=True, text=True)
         assert sorted(p.name for p in site.iterdir()) == [info.name, "helpers"]
         return done
 
@@ -280,7 +279,7 @@ def installed(tmp_path):
 
 def test_installed_it_knows_its_bounds_and_its_address(installed):
     code = (
-        "from helpers import notebooks, places\n"
+        "from helpers.course import notebooks, places\n"
         "print(places.repository_folder(), places.missing(), places.tested_versions())\n"
         "print(len(places.project_table()['dependencies']), notebooks.address())"
     )
@@ -290,9 +289,7 @@ def test_installed_it_knows_its_bounds_and_its_address(installed):
     assert done.stdout == f"None [] {{}}\n{number} {notebooks.address()}\n"
 
 
-@pytest.mark.parametrize(
-    "command", [["run", "Chapter0"], ["run", "all"], ["sync"], ["lab"]]
-)
+@pytest.mark.parametrize("command", [["run", "Chapter0"], ["run", "all"], ["sync"], ["lab"]])
 def test_installed_the_commands_say_what_they_lack(installed, command):
     done = installed("-m", "helpers", *command)
     assert done.returncode == 1 and done.stdout == ""
@@ -396,9 +393,7 @@ def test_a_forks_first_push_puts_its_address_in(course, tmp_path):
         subprocess.run(["git", "clone", "-q", str(fork), str(clone)], check=True)
         for command in commands:
             command = ["bash", "-e", "-c", command]
-            done = subprocess.run(
-                command, cwd=clone, env=around, capture_output=True, text=True
-            )
+            done = subprocess.run(command, cwd=clone, env=around, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
         log = ["git", "-C", str(fork), "log", "--format=%s"]
         messages.append(subprocess.check_output(log, text=True).splitlines())
@@ -418,9 +413,7 @@ def test_a_forks_first_push_puts_its_address_in(course, tmp_path):
     assert all(found == {"someone/else"} for found in addresses(clone).values())
 
 
-@pytest.mark.parametrize(
-    "address", ["https://github.com/me/mine", "me", "me/mine/more", ""]
-)
+@pytest.mark.parametrize("address", ["https://github.com/me/mine", "me", "me/mine/more", ""])
 def test_an_address_of_another_form_is_refused(course, address):
     done = sync(course, "--repository", address)
     assert done.returncode == 1 and "'owner/name'" in done.stderr
@@ -502,15 +495,11 @@ def test_a_namesake_is_not_taken_for_the_course(cell, name):
     assert re.match(r"RuntimeError: Another `helpers` .*: restart", sentence(again))
 
 
-@pytest.mark.parametrize(
-    "name", ["helper_functions.py", "helpers.py", "helpers/__init__.py"]
-)
+@pytest.mark.parametrize("name", ["helper_functions.py", "helpers.py", "helpers/__init__.py"])
 def test_a_repository_without_the_course_is_never_run(cell, repository, tmp_path, name):
     tree = tmp_path / "other"
     (tree / name).parent.mkdir(parents=True)
-    (tree / name).write_text(
-        f"from pathlib import Path\nPath({str(tmp_path)!r}, 'run').touch()"
-    )
+    (tree / name).write_text(f"from pathlib import Path\nPath({str(tmp_path)!r}, 'run').touch()")
     (tree / "Chapter0.ipynb").write_text("{}")
     said = sentence(cell(source=bare_repository(tree, tmp_path)))
     assert said == (
@@ -559,7 +548,7 @@ def test_the_cell_fits_a_narrow_page():
 WATCHED = ("torch", "numpy", "pandas", "transformers", "datasets", "trl", "ipywidgets")
 EXPLORER = """\
 import ipywidgets
-from helpers import widgets
+from helpers.course import widgets
 
 widgets.bit_explorer(0.1, "fp16")
 everything = list(ipywidgets.Widget.widgets.values())
@@ -677,9 +666,7 @@ def test_on_a_pod_the_caches_land_on_the_volume(colab, repository, tmp_path):
     volume = tmp_path / "volume"
     volume.mkdir()
     unset = ("HF_HOME", "HELPERS_CACHE", "PIP_CACHE_DIR", "XDG_CACHE_HOME")
-    around = surroundings(
-        repository, tmp_path, RUNPOD_POD_ID="pod", COURSE_VOLUME=str(volume)
-    )
+    around = surroundings(repository, tmp_path, RUNPOD_POD_ID="pod", COURSE_VOLUME=str(volume))
     around = {name: value for name, value in around.items() if name not in unset}
     around["HOME"] = str(tmp_path / "home")  # what a stop would wipe
 

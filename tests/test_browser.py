@@ -14,9 +14,11 @@ import urllib.request
 
 import nbformat
 import pytest
-from browser import needs_browser, open_page
+from helpers import models, serving
+from helpers.course import notebooks
+from helpers.serving import gguf, llamacpp
 
-from helpers import gguf, llamacpp, models, notebooks, serving
+from browser import needs_browser, open_page
 
 pytestmark = [pytest.mark.slow, needs_browser]
 ROOT = notebooks.root()
@@ -179,8 +181,7 @@ def test_stored_notebooks_show_all_their_figures_as_html(tmp_path):
         for name in names:
             notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
             figures = sum(
-                "image/png" in output.get("data", {})
-                or "image/svg+xml" in output.get("data", {})
+                "image/png" in output.get("data", {}) or "image/svg+xml" in output.get("data", {})
                 for cell in notebook.cells
                 for output in cell.get("outputs", [])
                 if "text/html" not in output.get("data", {})
@@ -188,13 +189,9 @@ def test_stored_notebooks_show_all_their_figures_as_html(tmp_path):
             page.goto((tmp_path / f"{name}.html").as_uri(), wait_until="domcontentloaded")
             page.wait_for_timeout(300)
             assert not broken_images(page), name
-            shown = page.locator(
-                ".jp-OutputArea-output img, .jp-OutputArea-output svg"
-            ).count()
+            shown = page.locator(".jp-OutputArea-output img, .jp-OutputArea-output svg").count()
             assert shown >= figures, f"{name}: {shown} of {figures} figures"
-            assert notebook.cells[0].source.lstrip("# ").splitlines()[0] in page.inner_text(
-                "body"
-            )
+            assert notebook.cells[0].source.lstrip("# ").splitlines()[0] in page.inner_text("body")
 
 
 # ── the page of llama.cpp's server ───────────────────────────────────────────────────────

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import trl
-from hypothesis import HealthCheck, given, settings
-
 from helpers import chat, models
+from hypothesis import HealthCheck, given, settings
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
 CONVERSATION = [
@@ -208,10 +207,7 @@ def test_growing_rounds_up_and_spare_rows_are_used_first():
     chat.prepare_tokenizer(tokenizer, special_tokens=["<|think|>"], tokens=["canoe", "a"])
     assert len(tokenizer) == rows + 2  # "a" was there
     assert tokenizer("a canoe")["input_ids"].count(tokenizer.vocab["canoe"]) == 1
-    assert (
-        tokenizer.decode(tokenizer("x<|think|>")["input_ids"], skip_special_tokens=True)
-        == "x"
-    )
+    assert tokenizer.decode(tokenizer("x<|think|>")["input_ids"], skip_special_tokens=True) == "x"
     chat.prepare_model(roomy, tokenizer)
     assert roomy.get_input_embeddings().weight.shape[0] == rows + 7
     tight = chat.prepare_model(tiny_model(rows - 1), tokenizer, multiple_of=8)
@@ -317,15 +313,11 @@ def test_our_template_marks_the_answer_and_its_end():
     tokenizer = fresh()
     ids, mask = encode(tokenizer, CONVERSATION)
     said = [t for t, kept in zip(ids, mask, strict=True) if kept]
-    answers = [
-        m["content"] + "<|im_end|>" for m in CONVERSATION if m["role"] == "assistant"
-    ]
+    answers = [m["content"] + "<|im_end|>" for m in CONVERSATION if m["role"] == "assistant"]
     assert tokenizer.decode(said) == "".join(answers)
 
 
-@pytest.mark.parametrize(
-    "system", [None, "You are Yoda.", 'It\'s "é"\n{{ x }} {% y %} \\n']
-)
+@pytest.mark.parametrize("system", [None, "You are Yoda.", 'It\'s "é"\n{{ x }} {% y %} \\n'])
 def test_a_prompt_is_a_prefix_of_its_conversation(system):
     from trl.chat_template_utils import (
         get_training_chat_template,
@@ -354,9 +346,9 @@ def test_a_prompt_is_a_prefix_of_its_conversation(system):
 def test_our_template_renders_what_the_model_was_made_with():
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     own = [{"role": "system", "content": "Be brief."}, *CONVERSATION]
-    assert tokenizer.apply_chat_template(
+    assert tokenizer.apply_chat_template(own, tokenize=False) == fresh().apply_chat_template(
         own, tokenize=False
-    ) == fresh().apply_chat_template(own, tokenize=False)
+    )
     with pytest.raises(TypeError, match="system must be a string"):
         chat.chatml_template(system=["no"])
 
@@ -412,9 +404,7 @@ def test_shipped_templates_right_and_broken(path, with_specials):
     )
     early, late = [*mask[1:], 0], [0, *mask[:-1]]
     assert "prompt_trained" in codes(tokenizer, ids, masked(ids, early))
-    assert {"start_not_trained", "prompt_trained"} & set(
-        codes(tokenizer, ids, masked(ids, late))
-    )
+    assert {"start_not_trained", "prompt_trained"} & set(codes(tokenizer, ids, masked(ids, late)))
     assert "labels_differ" in codes(tokenizer, ids, [*right[1:], -100])
     assert codes(tokenizer, ids, [-100] * len(ids)) == ["nothing_trained"]
     assert "prompt_trained" in codes(tokenizer, ids, ids)
@@ -423,9 +413,7 @@ def test_shipped_templates_right_and_broken(path, with_specials):
     asked = masked(ids, [kept or i == first - 8 for i, kept in enumerate(mask)])
     assert codes(tokenizer, ids, asked) == ["prompt_trained"]
     opened = max(i for i in range(len(mask)) if mask[i] and not mask[i - 1])
-    cut = next(
-        i for i in range(opened, len(ids)) if "sheet" in tokenizer.decode(ids[opened:i])
-    )
+    cut = next(i for i in range(opened, len(ids)) if "sheet" in tokenizer.decode(ids[opened:i]))
     assert codes(tokenizer, ids[:cut], right[:cut]) == ["truncated"]
 
     pad = tokenizer.pad_token_id
@@ -520,9 +508,7 @@ def test_control_tokens_spelled_as_text_are_no_control_tokens():
 def test_a_mask_lost_to_an_unwritable_character_is_found():
     """The tokenizer drops U+0016, so transformers finds no token where the answer is."""
     tokenizer = fresh()
-    ids, mask = encode(
-        tokenizer, [CONVERSATION[0], {"role": "assistant", "content": "\x16Hm."}]
-    )
+    ids, mask = encode(tokenizer, [CONVERSATION[0], {"role": "assistant", "content": "\x16Hm."}])
     assert sum(mask) == 0
     assert codes(tokenizer, ids, masked(ids, mask)) == ["nothing_trained"]
 
@@ -555,9 +541,7 @@ def test_rows_batches_tensors_and_mappings_are_the_same():
     assert [t.row for t in double.tokens] == [0] * len(ids) + [1] * len(ids)
     assert double.learned[0] == double.learned[1] == plain.learned[0]
     bad = chat.mask_view(tokenizer, [ids, ids], [ids, labels])
-    assert [p.code for p in bad.problems] == ["prompt_trained"] and "row 0" in str(
-        bad.problems[0]
-    )
+    assert [p.code for p in bad.problems] == ["prompt_trained"] and "row 0" in str(bad.problems[0])
 
 
 def test_packed_rows_show_samples_and_positions():

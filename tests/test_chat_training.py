@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from helpers import chat, generation
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
-
-from helpers import chat, generation
 
 SENTENCES = [
     ("Glue the sheet.", "The sheet, glue."),
@@ -107,8 +106,7 @@ def test_the_staged_pad_equals_eos_run_does_not_stop(tmp_path, original):
     trap = copy.deepcopy(original)
     assert trap.pad_token == trap.eos_token
     rows = [
-        {"input_ids": trap.apply_chat_template(c["messages"], return_dict=False)}
-        for c in CHATS
+        {"input_ids": trap.apply_chat_template(c["messages"], return_dict=False)} for c in CHATS
     ]
     trainer = make(
         tmp_path,

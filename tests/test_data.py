@@ -6,7 +6,6 @@ from collections import Counter
 from importlib import resources
 
 import pytest
-
 from helpers import data
 
 ROWS = {
@@ -107,11 +106,7 @@ def cut(row):
 
 
 def of_kind(kind):
-    return [
-        (row, *(part.lower() for part in cut(row)[:2]))
-        for row in ALL
-        if row["kind"] == kind
-    ]
+    return [(row, *(part.lower() for part in cut(row)[:2])) for row in ALL if row["kind"] == kind]
 
 
 def moves_alone(phrase):
@@ -371,9 +366,7 @@ def test_load_yoda_forms_hold_the_same_texts():
     for row, pair, talk in zip(columns, pairs, talks, strict=True):
         user = {"role": "user", "content": row["sentence"]}
         assert pair["prompt"] == [user]
-        assert pair["completion"] == [
-            {"role": "assistant", "content": row["translation_extra"]}
-        ]
+        assert pair["completion"] == [{"role": "assistant", "content": row["translation_extra"]}]
         assert talk["messages"] == [
             user,
             {"role": "assistant", "content": row["translation"]},

@@ -15,20 +15,10 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
-
-from helpers import (
-    chat,
-    data,
-    doctor,
-    gguf,
-    llamacpp,
-    models,
-    notebooks,
-    places,
-    runtime,
-    serving,
-)
-from helpers.symptoms import SYMPTOMS
+from helpers import chat, data, models, runtime, serving
+from helpers.course import doctor, notebooks, places
+from helpers.course.symptoms import SYMPTOMS
+from helpers.serving import gguf, llamacpp
 
 NAMES = {symptom.name: symptom for symptom in SYMPTOMS}
 PROVOKED = {}
@@ -91,9 +81,7 @@ class World:
     def adapted(self, **settings):
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(
-            self.model(), LoraConfig(**{"target_modules": ["q_proj"]} | settings)
-        )
+        return get_peft_model(self.model(), LoraConfig(**{"target_modules": ["q_proj"]} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -505,9 +493,7 @@ def _(world):
 @provokes("module_missing")
 def _(world):
     code = "import trl"  # an interpreter without the environment's packages
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     return done.stderr
 
 
@@ -870,9 +856,7 @@ def flash_attn(monkeypatch):
     sys.modules.pop("flash_attn", None)
 
 
-def test_a_flash_attention_that_cannot_work_here_is_a_warning(
-    monkeypatch, tmp_path, flash_attn
-):
+def test_a_flash_attention_that_cannot_work_here_is_a_warning(monkeypatch, tmp_path, flash_attn):
     with_cards(monkeypatch)
     assert doctor._attention()[0] == doctor.OK, "not installed, not missed"
     flash_attn(tmp_path, "")
@@ -892,9 +876,7 @@ def test_a_flash_attention_that_cannot_work_here_is_a_warning(
 def test_memory_is_what_this_process_may_still_take(monkeypatch):
     monkeypatch.setattr(runtime, "_memory_bytes", lambda device: 12 * doctor.GIB)
     for free, level in ((3, doctor.WARN), (9, doctor.OK)):
-        monkeypatch.setattr(
-            runtime, "available_memory_bytes", lambda free=free: free * doctor.GIB
-        )
+        monkeypatch.setattr(runtime, "available_memory_bytes", lambda free=free: free * doctor.GIB)
         found, text = doctor._memory()
         assert found == level and f"{free}.0 of 12.0 GiB" in text
 

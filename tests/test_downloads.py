@@ -12,9 +12,9 @@ import venv
 import zipfile
 
 import pytest
+from helpers import _downloads as downloads
+from helpers.course import notebooks
 from tqdm import tqdm
-
-from helpers import downloads, notebooks
 
 NAME = "tiny_course_probe-1.0-py3-none-any.whl"
 REQUIREMENT = "tiny-course-probe==1.0"
@@ -32,9 +32,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     info = "tiny_course_probe-1.0.dist-info"
     about = "Metadata-Version: 2.1\nName: tiny-course-probe\nVersion: 1.0\n"
-    wheel = (
-        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     with zipfile.ZipFile(folder / NAME, "w") as archive:
         archive.writestr("tiny_course_probe.py", "x = 1\n" * 2000)
         archive.writestr(f"{info}/METADATA", about)
@@ -69,9 +67,7 @@ def test_a_good_file_arrives_and_the_folder_is_emptied_first(index, tmp_path):
 def test_a_damaged_file_is_refused_after_a_second_try(index, tmp_path, monkeypatch):
     tries = []
     real = downloads._pip_download
-    monkeypatch.setattr(
-        downloads, "_pip_download", lambda *a: (tries.append(a[2]), real(*a))[1]
-    )
+    monkeypatch.setattr(downloads, "_pip_download", lambda *a: (tries.append(a[2]), real(*a))[1])
     with pytest.raises(OSError, match=r"damaged or has been tampered with.*Try again"):
         fetch(index, tmp_path / "download", checksum="0" * 64)
     assert tries == [[], ["--no-cache-dir"]]
@@ -123,7 +119,7 @@ def test_nothing_of_a_tampered_source_is_run(index, tmp_path, tampered):
 FETCH = """\
 import sys
 from pathlib import Path
-from helpers import downloads
+from helpers import _downloads as downloads
 
 class Bar:
     total, n = 1, 0

@@ -3,27 +3,26 @@
 import copy
 import warnings
 
-import deprecations
-import drift
 import nbformat
 import pytest
 import torch
-
 from helpers import (
     chat,
     data,
     generation,
     lora,
     memory,
-    memory_step,
     models,
-    notebooks,
     plots,
     runtime,
     serving,
     training,
-    widgets,
 )
+from helpers.course import notebooks, widgets
+from helpers.memory import _step as memory_step
+
+import deprecations
+import drift
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,7 @@ def examples(tmp_path_factory):
     adapted = get_peft_model(LlamaForCausalLM(LlamaConfig(**shape)), LoraConfig())
     rows = data.load_yoda("train").select(range(2))
     settings = SFTConfig(str(folder / "run"), use_cpu=True, bf16=False, report_to="none")
-    trainer = SFTTrainer(
-        adapted, args=settings, train_dataset=rows, processing_class=tokenizer
-    )
+    trainer = SFTTrainer(adapted, args=settings, train_dataset=rows, processing_class=tokenizer)
     return {
         "model": [plain, adapted, four_bits],
         "tokenizer": [tokenizer],
@@ -144,8 +141,7 @@ def code(path):
     return "\n".join(
         cell.source
         for cell in cells
-        if cell.cell_type == "code"
-        and "raises-exception" not in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and "raises-exception" not in cell.metadata.get("tags", [])
     )
 
 

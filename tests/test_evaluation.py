@@ -1,6 +1,5 @@
 import pytest
 from datasets import Dataset
-
 from helpers import data, evaluation, generation
 
 
@@ -43,9 +42,7 @@ def test_exact_ignores_case_end_and_interjections_only():
 
 def test_perfect_answers_score_a_hundred():
     rows = data.load_yoda("test", form="columns")
-    report = evaluation.judge(
-        rows["sentence"], rows["translation"], rows["translation_extra"]
-    )
+    report = evaluation.judge(rows["sentence"], rows["translation"], rows["translation_extra"])
     assert report.exact_match == report.valid_order == 100.0
     assert report.chrf == pytest.approx(100.0)
 
@@ -63,14 +60,10 @@ def test_every_form_of_the_data_can_be_judged(embedded, tokenizer, form):
     rows = data.load_yoda("test", form=form)
     report = evaluation.evaluate(embedded, tokenizer, rows, limit=2, max_new_tokens=3)
     assert len(report.examples) == 2
-    assert (
-        report.examples[0].sentence == data.load_yoda("test", form="columns")[0]["sentence"]
-    )
+    assert report.examples[0].sentence == data.load_yoda("test", form="columns")[0]["sentence"]
 
 
-def test_answers_are_cut_a_little_behind_the_longest_reference(
-    embedded, tokenizer, monkeypatch
-):
+def test_answers_are_cut_a_little_behind_the_longest_reference(embedded, tokenizer, monkeypatch):
     """The base model rambles on; a caller who wants more says so."""
     asked = []
 
@@ -80,9 +73,7 @@ def test_answers_are_cut_a_little_behind_the_longest_reference(
 
     monkeypatch.setattr(evaluation, "generate", watched)
     rows = data.load_yoda("test").select(range(2))
-    longest = max(
-        len(tokenizer(row["completion"][0]["content"])["input_ids"]) for row in rows
-    )
+    longest = max(len(tokenizer(row["completion"][0]["content"])["input_ids"]) for row in rows)
     evaluation.evaluate(embedded, tokenizer, rows)
     evaluation.evaluate(embedded, tokenizer, rows, max_new_tokens=5)
     assert asked == [longest + evaluation.SPARE_TOKENS, 5]

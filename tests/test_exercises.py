@@ -2,9 +2,8 @@ import json
 import os
 
 import pytest
-
-from helpers import exercises
-from helpers.exercises import _progress
+from helpers.course import exercises
+from helpers.course.exercises import _progress
 
 CATALOGUE = exercises.catalogue()
 
@@ -21,9 +20,7 @@ def test_every_solution_passes_its_own_check(number):
 @pytest.mark.parametrize("number", CATALOGUE)
 def test_every_exercise_waits_and_hints_and_shows(number):
     assert exercises.check(number, ...).state == "open"
-    hints = [
-        exercises.hint(number).message for _ in range(len(CATALOGUE[number].hints) + 1)
-    ]
+    hints = [exercises.hint(number).message for _ in range(len(CATALOGUE[number].hints) + 1)]
     assert len(CATALOGUE[number].hints) >= 2, "a nudge and a stronger one"
     assert hints[-1] == hints[-2], "the last hint repeats"
     shown = exercises.show(number)

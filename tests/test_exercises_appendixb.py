@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-
-from helpers import exercises, floats
+from helpers import floats
+from helpers.course import exercises
 
 
 def rounds_ties_from_zero_in_half(patterns):

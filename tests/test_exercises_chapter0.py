@@ -1,9 +1,9 @@
 """Chapter 0's exercises refuse typical wrong answers and say what is off."""
 
 import pytest
-
-from helpers import data, exercises
-from helpers.exercises import chapter0
+from helpers import data
+from helpers.course import exercises
+from helpers.course.exercises import chapter0
 
 TOKENIZER = chapter0._tokenizer()
 QUESTION = chapter0.MESSAGES[:1]

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-
-from helpers import exercises
-from helpers.exercises import chapter1
+from helpers.course import exercises
+from helpers.course.exercises import chapter1
 
 
 def solution(number):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from helpers import exercises
-from helpers.exercises import chapter2
+from helpers.course import exercises
+from helpers.course.exercises import chapter2
 
 
 def blockwise(weights, block_size, *, scale=127, magnitude=True, dtype=torch.int8):

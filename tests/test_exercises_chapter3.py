@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from helpers import exercises
+from helpers.course import exercises
 from helpers.lora import check_training
 
 NUMBERS = [f"3.{n}" for n in range(1, 8)]

@@ -1,9 +1,9 @@
 """Chapter 4's exercises refuse typical wrong answers and say what is off."""
 
 import pytest
-
-from helpers import chat, exercises
-from helpers.exercises import chapter4
+from helpers import chat
+from helpers.course import exercises
+from helpers.course.exercises import chapter4
 
 ROW = chapter4._row()
 IDS, LABELS = ROW["input_ids"], ROW["labels"]

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from helpers import exercises
+from helpers.course import exercises
 
 NUMBERS = [f"5.{n}" for n in range(1, 10)]
 

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import torch
-
-from helpers import exercises
+from helpers.course import exercises
 
 NUMBERS = [f"6.{n}" for n in range(1, 8)]
 

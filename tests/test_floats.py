@@ -10,10 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers import floats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from helpers import floats
 
 TORCH = {
     "fp32": torch.float32,
@@ -145,9 +144,7 @@ def test_integers_are_torchs(kind, dtype):
     assert numbers.tolist() == theirs.tolist()
     np.testing.assert_array_equal(floats.encode_array(numbers, kind), patterns)
     whole = torch.arange(-1000, 1000)  # wraps around
-    np.testing.assert_array_equal(
-        floats.encode_array(whole, kind), from_torch(whole.to(dtype))
-    )
+    np.testing.assert_array_equal(floats.encode_array(whole, kind), from_torch(whole.to(dtype)))
     fractions = torch.linspace(-100, 100, 1001) if kind == "int8" else torch.rand(999) * 255
     np.testing.assert_array_equal(
         floats.encode_array(fractions, kind), from_torch(fractions.to(dtype))
@@ -198,9 +195,7 @@ def test_no_other_number_is_nearer(number, kind):
     magnitude = chosen.pattern & (2 ** (chosen.format.bits - 1) - 1)
     for other in (magnitude - 1, magnitude + 1):
         if 0 <= other <= chosen.format.largest:
-            distance = abs(
-                Fraction(float(floats.decode(other, kind))) - abs(Fraction(number))
-            )
+            distance = abs(Fraction(float(floats.decode(other, kind))) - abs(Fraction(number)))
             assert error < distance or (error == distance and magnitude % 2 == 0)
 
 
@@ -335,7 +330,7 @@ def test_number_lines_have_a_tick_per_number():
 
 def explorer():
     """The live panel's parts, as a reader's clicks reach them."""
-    from helpers import widgets
+    from helpers.course import widgets
 
     panel = widgets._bit_panel(floats, floats.encode(1, "fp16"))
     (kind, number), (buttons, picture) = panel.children[0].children, panel.children[1:]
@@ -356,9 +351,7 @@ def test_explorer_follows_numbers_and_formats():
     number.value = "0.1"
     assert floats.encode(0.1, "fp16").formula in picture.value
     kind.value = "bf16"
-    assert (
-        "".join(b.description for b in buttons.children) == floats.encode(0.1, "bf16").bits
-    )
+    assert "".join(b.description for b in buttons.children) == floats.encode(0.1, "bf16").bits
     number.value = "nan"
     kind.value = "fp4_e2m1"
     assert "no pattern for it" in picture.value
@@ -367,9 +360,8 @@ def test_explorer_follows_numbers_and_formats():
 
 
 def test_explorer_leaves_a_still_picture_without_a_kernel(capsys):
+    from helpers.course import widgets
     from IPython.utils.capture import capture_output
-
-    from helpers import widgets
 
     with capture_output() as captured:
         widgets.bit_explorer(0.1, "bf16")

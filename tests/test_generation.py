@@ -1,11 +1,11 @@
 import copy
 import itertools
 
-import chat_families
 import numpy as np
 import pytest
-
 from helpers import chat, generation
+
+import chat_families
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -22,19 +22,14 @@ def prompts(tokenizer):
 def test_a_text_gives_a_text_and_a_list_gives_a_list(embedded, tokenizer, prompts):
     answer = generation.generate(embedded, tokenizer, prompts[0], max_new_tokens=12)
     assert answer == "The capital of France is Paris."
-    answers = generation.generate(
-        embedded, tokenizer, prompts[:1], max_new_tokens=np.int64(12)
-    )
+    answers = generation.generate(embedded, tokenizer, prompts[:1], max_new_tokens=np.int64(12))
     assert answers == [answer]
 
 
-def test_batches_answer_like_single_prompts_in_the_given_order(
-    embedded, tokenizer, prompts
-):
+def test_batches_answer_like_single_prompts_in_the_given_order(embedded, tokenizer, prompts):
     chat.prepare_tokenizer(tokenizer)
     single = [
-        generation.generate(embedded, tokenizer, prompt, max_new_tokens=12)
-        for prompt in prompts
+        generation.generate(embedded, tokenizer, prompt, max_new_tokens=12) for prompt in prompts
     ]
     for batch_size in (2, 32):
         assert single == generation.generate(
@@ -48,9 +43,7 @@ def test_a_conversation_gets_the_template(embedded, tokenizer, prompts):
         embedded, tokenizer, [conversation, prompts[0]], max_new_tokens=12
     )
     assert answers[0] == answers[1]
-    assert answers[0] == generation.generate(
-        embedded, tokenizer, conversation, max_new_tokens=12
-    )
+    assert answers[0] == generation.generate(embedded, tokenizer, conversation, max_new_tokens=12)
 
 
 def test_prompt_and_special_tokens_on_request(embedded, tokenizer, prompts):

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 import torch
-
-from helpers import chat, gguf, llamacpp, models
+from helpers import chat, models
+from helpers.serving import gguf, llamacpp
 
 TALK = [
     {"role": "user", "content": "The old key opened a hidden door."},
@@ -144,9 +144,7 @@ def test_an_adapter_becomes_a_small_file(folder, tmp_path):
     assert found.metadata["general.type"] == "adapter"
     assert found.metadata["adapter.lora.alpha"] == 8
     assert sorted(found.tensors.index) == [
-        f"blk.0.{layer}.weight.lora_{side}"
-        for layer in ("attn_q", "ffn_down")
-        for side in "ab"
+        f"blk.0.{layer}.weight.lora_{side}" for layer in ("attn_q", "ffn_down") for side in "ab"
     ]
 
 

@@ -185,9 +185,7 @@ def test_what_cannot_run_on_a_card_is_skipped_with_its_reason(monkeypatch):
     flash["build"] = flash["build"] | {"attention": "flash_attention_2"}
     assert "8.0" in ladder.why_not(flash, T4, 8 * 2**30)
     assert ladder.why_not(flash, H100, 8 * 2**30) is None
-    assert (
-        ladder.why_not(entry(refused="no such kernel"), T4, 8 * 2**30) == "no such kernel"
-    )
+    assert ladder.why_not(entry(refused="no such kernel"), T4, 8 * 2**30) == "no such kernel"
     bare = entry()
     del bare["predicted"]
     bare["build"] = bare["build"] | {"dtype": "bfloat16"}
@@ -345,9 +343,7 @@ def test_without_a_card_there_is_a_sentence(monkeypatch):
 def start(out, *arguments):
     environment = os.environ | {"DEVICE": "cpu"}
     command = [sys.executable, str(GPU / "report.py"), "--out", str(out), *arguments]
-    return subprocess.Popen(
-        command, cwd=out, env=environment, text=True, stdout=subprocess.PIPE
-    )
+    return subprocess.Popen(command, cwd=out, env=environment, text=True, stdout=subprocess.PIPE)
 
 
 def test_a_killed_stage_loses_no_line(tmp_path):
@@ -538,9 +534,7 @@ def test_all_stages_that_need_no_card_pass_on_a_cpu(tmp_path):
     codes = [line for line in found["lines"] if line["kind"] == "codes"]
     assert codes
     assert not any(line["card_against_ours"] for line in codes)
-    answers = {
-        x["quantization"]: x["text"] for x in found["lines"] if x["kind"] == "answer"
-    }
+    answers = {x["quantization"]: x["text"] for x in found["lines"] if x["kind"] == "answer"}
     assert all("Paris" in answer for answer in answers.values())
     assert set(answers) == {None, "nf4", "fp4", "int8"}
     assert "Nothing failed." in shown

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers import chat, memory, models, runtime, training
+from helpers.training import batch_size as largest_batch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
-
-from helpers import chat, largest_batch, memory, models, runtime, training
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +120,14 @@ def test_a_try_has_the_autocast_and_the_checkpointing_of_the_run(make, lora):
         assert seen == expected, "and the run itself says the same"
 
 
-def test_a_try_goes_through_the_gradient_scaler_and_leaves_it_alone(
-    make, peak, monkeypatch
-):
+def test_a_try_goes_through_the_gradient_scaler_and_leaves_it_alone(make, peak, monkeypatch):
     trainer = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     trainer.accelerator.scaler = scaler
     before = scaler.state_dict()
     losses = []
     real = torch.amp.GradScaler.scale
-    monkeypatch.setattr(
-        torch.amp.GradScaler, "scale", lambda *a: losses.append(a[1]) or real(*a)
-    )
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda *a: losses.append(a[1]) or real(*a))
     training.find_max_batch_size(trainer, memory_budget=peak(2))
     assert len(losses) >= 2, "every try scaled its loss"
     assert trainer.accelerator.scaler is scaler and scaler.state_dict() == before
@@ -168,9 +164,7 @@ def test_sizes_that_would_not_fit_are_not_tried(trainer, peak, monkeypatch):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"
-        ),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
         MemoryError("Unable to allocate 2.00 GiB for an array"),
     ],
@@ -266,9 +260,7 @@ def state(trainer):
         "metrics": copy.deepcopy(dict(trainer._metrics)),
         "optimizer": trainer.optimizer,
         "frozen": [p.requires_grad for p in trainer.model.parameters()],
-        "modules": [
-            {**vars(m), "hooks": list(m._forward_hooks)} for m in trainer.model.modules()
-        ],
+        "modules": [{**vars(m), "hooks": list(m._forward_hooks)} for m in trainer.model.modules()],
         "prepared": list(trainer.accelerator._models),
     }
 

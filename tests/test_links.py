@@ -6,13 +6,10 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-
-from helpers import notebooks
+from helpers.course import notebooks
 
 ROOT = notebooks.root()
-PAGES = sorted(p.name for p in ROOT.glob("*.md")) + [
-    f"{n}.ipynb" for n in notebooks.written()
-]
+PAGES = sorted(p.name for p in ROOT.glob("*.md")) + [f"{n}.ipynb" for n in notebooks.written()]
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*([^)\s]+)(?:\s+\"[^\"]*\")?\s*\)")
 
 
@@ -54,9 +51,7 @@ def links(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
-    broken = [
-        link for link in links(name) if (why := problem(name, link)) and print(why) is None
-    ]
+    broken = [link for link in links(name) if (why := problem(name, link)) and print(why) is None]
     assert not broken
 
 
@@ -80,12 +75,8 @@ def remote(parts):
     # Looked at by form only: the tests have no network.
     if parts.scheme != "https" or "." not in parts.netloc or " " in parts.path:
         return f"{parts.geturl()}: should be https and well-formed"
-    match = re.fullmatch(
-        rf"/github/{notebooks.address()}/blob/main/(\w+)\.ipynb", parts.path
-    )
-    is_badge = parts.netloc == "colab.research.google.com" and parts.path.startswith(
-        "/github"
-    )
+    match = re.fullmatch(rf"/github/{notebooks.address()}/blob/main/(\w+)\.ipynb", parts.path)
+    is_badge = parts.netloc == "colab.research.google.com" and parts.path.startswith("/github")
     if is_badge and (not match or match[1] not in notebooks.written()):
         return f"{parts.geturl()}: a badge of no notebook"
     return ""
@@ -97,8 +88,7 @@ def test_the_checks_notice_what_is_wrong():
     assert "https" in problem("README.md", "http://example.com/x")
     assert "no notebook" in problem(
         "README.md",
-        "https://colab.research.google.com/github/"
-        f"{notebooks.address()}/blob/main/Chapter99.ipynb",
+        f"https://colab.research.google.com/github/{notebooks.address()}/blob/main/Chapter99.ipynb",
     )
     assert problem("README.md", "Chapter0.ipynb#8-train") == ""
     assert problem("README.md", "#quick-start") == ""

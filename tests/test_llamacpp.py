@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-
-from helpers import llamacpp, llamacpp_trial, notebooks, runtime
+from helpers import runtime
+from helpers.course import notebooks
+from helpers.serving import _trial as llamacpp_trial
+from helpers.serving import llamacpp
 
 BUILDS = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++")) or os.name == "nt",
@@ -38,7 +40,7 @@ add_dependencies(llama-server wait)
 MAKE = """\
 import sys
 from pathlib import Path
-from helpers import llamacpp
+from helpers.serving import llamacpp
 
 llamacpp.source_folder = lambda: Path(sys.argv[1])
 print(llamacpp.binary("llama-server"))
@@ -170,9 +172,7 @@ def test_an_old_one_in_the_variable_is_an_error_and_on_the_path_is_passed_over(
         ("Windows", "winget install llama.cpp"),
     ],
 )
-def test_without_tools_the_package_manager_is_named(
-    cache, source, monkeypatch, system, words
-):
+def test_without_tools_the_package_manager_is_named(cache, source, monkeypatch, system, words):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
     monkeypatch.setattr(llamacpp.platform, "system", lambda: system)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
@@ -252,7 +252,7 @@ def test_your_own_programs_are_started_plainly_or_refused_in_words(
 
 
 def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
-    from helpers import gguf
+    from helpers.serving import gguf
 
     llamacpp_trial.write_tiny_model(tmp_path / "tiny.gguf")
     found = gguf.inspect(tmp_path / "tiny.gguf")
@@ -328,9 +328,7 @@ def test_the_web_page_is_made_only_when_asked_for(cache, source, monkeypatch):
     plain = llamacpp.binary("llama-server")
     assert "npm" not in called and not llamacpp.has_web_page()
     tools = shutil.which
-    monkeypatch.setattr(
-        shutil, "which", lambda name, **k: "npm" if name == "npm" else tools(name)
-    )
+    monkeypatch.setattr(shutil, "which", lambda name, **k: "npm" if name == "npm" else tools(name))
     llamacpp.build(web_page=True)
     assert called.count("npm") == 2 and llamacpp.has_web_page()
     assert llamacpp.binary("llama-server") != plain, "the abler one is taken"
@@ -345,8 +343,7 @@ def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
     (source / "ggml").mkdir()
     (source / "ggml" / "g.cpp").write_text("int g() { return 0; }\n")
     (source / "ggml" / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.10)\nproject(ggml CXX)\n"
-        "add_library(ggml STATIC g.cpp)\n"
+        "cmake_minimum_required(VERSION 3.10)\nproject(ggml CXX)\nadd_library(ggml STATIC g.cpp)\n"
     )
     (source / "CMakeLists.txt").write_text(LISTS + "add_subdirectory(ggml)\n")
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
@@ -365,8 +362,7 @@ def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
     monkeypatch.delenv("CMAKE_ARGS")
     assert llamacpp.find("llama-server") != own, "a build with other options is another"
     level = {
-        Path(one["file"]).name: re.findall(r" -O\d", one["command"])[-1].strip()
-        for one in commands
+        Path(one["file"]).name: re.findall(r" -O\d", one["command"])[-1].strip() for one in commands
     }
     assert level == {"main.cpp": "-O1", "g.cpp": "-O3"}
 

@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+from helpers import lora
+from helpers.lora import LoRALinear, check_training, count_trainable, find_target_modules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -15,9 +17,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-from helpers import lora
-from helpers.lora import LoRALinear, check_training, count_trainable, find_target_modules
 
 TINY = {
     "hidden_size": 16,
@@ -88,9 +87,7 @@ def make_pair(inputs, outputs, rank, alpha, bias, dropout, rslora, shape, seed):
         torch.manual_seed(seed)
         base = nn.Linear(inputs, outputs, bias=bias)
         ours = LoRALinear(copy.deepcopy(base), rank, alpha, dropout, rslora=rslora)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora)
         theirs = PeftLinear(base, "default", config=config, r=rank, lora_alpha=alpha)
         ours.lora_B.weight.data.normal_()
         theirs.lora_A["default"].weight.data.copy_(ours.lora_A.weight)
@@ -220,9 +217,7 @@ def test_attention_only_adapts_every_attention_layer_and_nothing_else(kind):
     targets = find_target_modules(tiny(kind), attention_only=True)
     assert sorted(targets) == sorted(ATTENTION[kind])
     mine = adapted(get_peft_model(tiny(kind), LoraConfig(target_modules=targets)))
-    everything = adapted(
-        get_peft_model(tiny(kind), LoraConfig(target_modules="all-linear"))
-    )
+    everything = adapted(get_peft_model(tiny(kind), LoraConfig(target_modules="all-linear")))
     inside = {name for name in everything if "attn" in name or "attention" in name}
     assert mine == inside and mine < everything
 
@@ -240,10 +235,7 @@ def test_names_grow_until_they_match_nothing_else():
     reference = adapted(
         get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
     )
-    assert (
-        adapted(get_peft_model(model, LoraConfig(target_modules=["mixer.0", "2"])))
-        == reference
-    )
+    assert adapted(get_peft_model(model, LoraConfig(target_modules=["mixer.0", "2"]))) == reference
 
 
 def test_targets_of_quantized_meta_and_already_adapted_models():
@@ -386,9 +378,7 @@ def trained(model, std=0.02):
 
 def test_merge_error_is_the_error_of_a_real_merge():
     model = trained(
-        get_peft_model(
-            prepared(quantized_tiny()), LoraConfig(r=4, target_modules=["q_proj"])
-        )
+        get_peft_model(prepared(quantized_tiny()), LoraConfig(r=4, target_modules=["q_proj"]))
     )
     table = lora.merge_error(model, into=("nf4", "float32"))
     from peft.utils.integrations import dequantize_module_weight
@@ -403,9 +393,7 @@ def test_merge_error_is_the_error_of_a_real_merge():
         warnings.simplefilter("ignore")  # PEFT warns of just this rounding
         model.merge_adapter()
     stored = [dequantize_module_weight(layer.base_layer).float() for layer in layers]
-    lost = math.sqrt(
-        sum(float((s - e).square().sum()) for s, e in zip(stored, exact, strict=True))
-    )
+    lost = math.sqrt(sum(float((s - e).square().sum()) for s, e in zip(stored, exact, strict=True)))
     length = math.sqrt(sum(float(u.square().sum()) for u in update))
     assert table.loc["all layers", "nf4"] == pytest.approx(lost / length, rel=1e-4)
     assert table.loc["all layers", "float32"] < 1e-5 < table.loc["all layers", "nf4"]
@@ -501,9 +489,7 @@ CORRECT = {
     "the second of two adapters": two_adapters,
     "4 bit, prepared": lambda: attached(prepared(quantized_tiny())),
     "8 bit, prepared": lambda: attached(prepared(quantized_tiny(bits=8))),
-    "4 bit from bfloat16, prepared": lambda: attached(
-        prepared(quantized_tiny(torch.bfloat16))
-    ),
+    "4 bit from bfloat16, prepared": lambda: attached(prepared(quantized_tiny(torch.bfloat16))),
     "GPT-2": lambda: attached(tiny("gpt2"), fan_in_fan_out=True),
     "this module's layer": from_scratch,
 }

@@ -13,18 +13,27 @@ import warnings
 import pytest
 import torch
 import transformers
-from torch.nn import functional as F
-
-from helpers import (
-    memory,
-    memory_cards,
-    memory_configs,
-    memory_formulas,
-    memory_profiles,
-    memory_step,
-    memory_trace,
+from helpers import memory
+from helpers.memory import (
+    _kernels as memory_profiles,
 )
-from helpers.memory_trace import CachingAllocator, Ledger, rounded
+from helpers.memory import (
+    _step as memory_step,
+)
+from helpers.memory import (
+    _trace as memory_trace,
+)
+from helpers.memory import (
+    cards as memory_cards,
+)
+from helpers.memory import (
+    configs as memory_configs,
+)
+from helpers.memory import (
+    formulas as memory_formulas,
+)
+from helpers.memory._trace import CachingAllocator, Ledger, rounded
+from torch.nn import functional as F
 
 MIB = 2**20
 SMALL = dict(num_hidden_layers=3, num_attention_heads=4, vocab_size=128)
@@ -61,9 +70,7 @@ def real_peak(config, recipe, steps=2):
         if recipe.lora:
             import peft
 
-            targets = (
-                "all-linear" if config.model_type == "phi3" else None
-            )  # PEFT knows the others
+            targets = "all-linear" if config.model_type == "phi3" else None  # PEFT knows the others
             lora = peft.LoraConfig(r=recipe.lora, target_modules=targets)
             model = peft.get_peft_model(model, lora)
             if recipe.gradient_checkpointing:
@@ -115,16 +122,12 @@ def cpu_recipe(**choices):
 
 
 GRID = list(
-    itertools.product(
-        [False, True], [None, 4], [torch.float32, torch.bfloat16], [False, True]
-    )
+    itertools.product([False, True], [None, 4], [torch.float32, torch.bfloat16], [False, True])
 )
 
 
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TINY)
 def test_fake_equals_real_to_the_byte(kind, attention, part):
     """Half of eager's grid (an even number of choices on) is fast, the rest slow."""
@@ -158,9 +161,7 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
     assert real != real_peak(TINY[kind], plain), "autocast did something"
 
 
-@pytest.mark.parametrize(
-    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TINY)
 def test_a_stretched_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
@@ -181,9 +182,7 @@ def test_a_stretched_short_trace_equals_the_full_one(kind, checkpointing):
             quantization != "int8"
         ):  # whose inputs die with the graph, in any order, when all is over
             assert [e[1:] for e in short.events] == [e[1:] for e in full.events]
-        assert (
-            short.on_card()[1] == full.on_card()[1]
-        )  # same blocks, hence the same reserved bytes
+        assert short.on_card()[1] == full.on_card()[1]  # same blocks, hence the same reserved bytes
         assert short.peak() == full.peak()
 
 
@@ -212,11 +211,7 @@ def test_irregular_layers_are_traced_in_full():
     )
     recipe = cpu_recipe(attention="eager", dtype=torch.float32)
     short = memory_step.trace(gemma, recipe, layers=4)
-    assert (
-        short.peak()[0]
-        == memory_step.trace(gemma, recipe).peak()[0]
-        == real_peak(gemma, recipe)
-    )
+    assert short.peak()[0] == memory_step.trace(gemma, recipe).peak()[0] == real_peak(gemma, recipe)
 
 
 # ------------------------------------------------------------------ bitsandbytes
@@ -389,9 +384,7 @@ def test_published_cross_entropy(words, mib):
     assert peak / MIB == pytest.approx(mib, rel=5e-4)
 
 
-@pytest.mark.parametrize(
-    ("width", "mib"), [(1024, 80.0195), (4096, 320.0547), (16384, 1280.1953)]
-)
+@pytest.mark.parametrize(("width", "mib"), [(1024, 80.0195), (4096, 320.0547), (16384, 1280.1953)])
 def test_published_rms_norm(width, mib):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -489,9 +482,7 @@ def test_trl_fused_head_keeps_what_trl_keeps(monkeypatch):
             total.backward()
         return kept, forward, ledger.peak
 
-    kept_and_peaks(
-        theirs, torch.float32, True
-    )  # its backward imports, and tensors are made there
+    kept_and_peaks(theirs, torch.float32, True)  # its backward imports, and tensors are made there
     for dtype, trained in itertools.product([torch.float32, torch.bfloat16], [True, False]):
         expected = kept_and_peaks(theirs, dtype, trained)
         assert kept_and_peaks(ours, dtype, trained) == expected, (dtype, trained)
@@ -524,8 +515,7 @@ def test_dropout_keeps_one_byte_per_element_as_on_cuda():
 def test_attention_kernels_and_masks():
     def kept(mask, dtype=torch.bfloat16, heads=4):
         q, k, v = (
-            torch.zeros(1, n, 128, 64, dtype=dtype, requires_grad=True)
-            for n in (4, heads, heads)
+            torch.zeros(1, n, 128, 64, dtype=dtype, requires_grad=True) for n in (4, heads, heads)
         )
         with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
             out = F.scaled_dot_product_attention(
@@ -619,9 +609,7 @@ def peak(model=None, **choices):
 
 def activations(**choices):
     recipe = memory_step.Recipe(
-        **dict(
-            gradient_checkpointing=False, dtype=torch.float32, loss="logits", kernels="cpu"
-        )
+        **dict(gradient_checkpointing=False, dtype=torch.float32, loss="logits", kernels="cpu")
         | choices
     )
     config = choices.pop("config", TINY["llama"])
@@ -632,12 +620,8 @@ def activations(**choices):
 
 def test_activations_grow_with_tokens_and_scores_with_their_square():
     base = activations(batch_size=4, sequence_length=128)
-    assert activations(batch_size=8, sequence_length=128) == pytest.approx(
-        2 * base, rel=0.01
-    )
-    assert activations(batch_size=4, sequence_length=256) == pytest.approx(
-        2 * base, rel=0.01
-    )
+    assert activations(batch_size=8, sequence_length=128) == pytest.approx(2 * base, rel=0.01)
+    assert activations(batch_size=4, sequence_length=256) == pytest.approx(2 * base, rel=0.01)
 
     def extra(length):
         return activations(sequence_length=length, attention="eager") - activations(
@@ -713,9 +697,7 @@ def test_mixed_precision_and_packing():
     assert mixed.parts["weights"] == full.parts["weights"]
     assert mixed.peak_bytes != full.peak_bytes
     rows = memory.estimate_training(TINY["llama"], batch_size=4, sequence_length=64)
-    packed = memory.estimate_training(
-        TINY["llama"], batch_size=4, sequence_length=64, packing=True
-    )
+    packed = memory.estimate_training(TINY["llama"], batch_size=4, sequence_length=64, packing=True)
     flash = memory.estimate_training(
         TINY["llama"],
         batch_size=4,
@@ -723,20 +705,14 @@ def test_mixed_precision_and_packing():
         packing=True,
         attention="flash_attention_2",
     )
-    assert (
-        packed.peak_bytes - rows.peak_bytes > 256 * 256
-    )  # SDPA needs the block-diagonal mask
+    assert packed.peak_bytes - rows.peak_bytes > 256 * 256  # SDPA needs the block-diagonal mask
     assert flash.peak_bytes < packed.peak_bytes
 
 
 def test_accumulation_keeps_gradients_alive():
     once = memory.estimate_training(TINY["llama"], sequence_length=64)
-    more = memory.estimate_training(
-        TINY["llama"], sequence_length=64, gradient_accumulation=True
-    )
-    assert (
-        more.instants["forward"] - once.instants["forward"] >= once.parts["weights"] * 0.9
-    )
+    more = memory.estimate_training(TINY["llama"], sequence_length=64, gradient_accumulation=True)
+    assert more.instants["forward"] - once.instants["forward"] >= once.parts["weights"] * 0.9
 
 
 # ------------------------------------------------------------------ the result
@@ -971,10 +947,7 @@ def plan(text):
 
 def test_plan_on_the_command_line(capsys):
     assert (
-        plan(
-            "--model SmolLM2-135M-Instruct --quantization nf4 --rank 4 --sequence-length 64"
-        )
-        == 0
+        plan("--model SmolLM2-135M-Instruct --quantization nf4 --rank 4 --sequence-length 64") == 0
     )
     assert "peak" in capsys.readouterr().out
     assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 2GiB --vary batch_size") == 0

@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import memory
+from helpers.memory import (
+    _kernels as memory_profiles,
+)
+from helpers.memory import (
+    _step as memory_step,
+)
+from helpers.memory import (
+    cards as memory_cards,
+)
+from helpers.memory._trace import Ledger
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-
-from helpers import memory, memory_cards, memory_profiles, memory_step
-from helpers.memory_trace import Ledger
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import ladder
@@ -187,8 +195,7 @@ def test_a_t4_is_a_t4():
 def test_without_shared_heads_a_t4_needs_what_ampere_needs():
     phi = dict(lora=8, sequence_length=2048, dtype="float16", gradient_checkpointing=False)
     t4, ampere = (
-        memory.estimate_training("phi-3-mini", gpu=gpu, **phi).peak_bytes
-        for gpu in ("T4", "A10G")
+        memory.estimate_training("phi-3-mini", gpu=gpu, **phi).peak_bytes for gpu in ("T4", "A10G")
     )
     assert t4 == pytest.approx(ampere, rel=0.01)
 
@@ -367,9 +374,7 @@ def test_what_kernels_take_is_what_an_h100_measured():
 def ours_beside_gradients(rows, length, heads, shared, width):
     with FakeTensorMode():
         q, k, v = (
-            torch.empty(
-                rows, count, length, width, dtype=torch.bfloat16, requires_grad=True
-            )
+            torch.empty(rows, count, length, width, dtype=torch.bfloat16, requires_grad=True)
             for count in (heads, shared, shared)
         )
         out = memory_profiles.cuda_attention(q, k, v, causal=True, gqa=heads != shared)

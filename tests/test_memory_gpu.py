@@ -10,22 +10,17 @@ import itertools
 import pytest
 import torch
 import transformers
-
 from helpers import memory
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no CUDA card on this machine"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card on this machine"),
 ]
 CONFIG = dict(
     hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
     num_key_value_heads=8, vocab_size=32000,
 )  # fmt: skip
-CELLS = list(
-    itertools.product(["sdpa", "eager"], [False, True], [None, 16], [None, "nf4", "int8"])
-)
+CELLS = list(itertools.product(["sdpa", "eager"], [False, True], [None, 16], [None, "nf4", "int8"]))
 
 
 def measured_step(config, choices):
@@ -43,9 +38,7 @@ def measured_step(config, choices):
             if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
                 size = (module.in_features, module.out_features)
                 if choices["quantization"] == "int8":
-                    new = bnb.Linear8bitLt(
-                        *size, bias=False, has_fp16_weights=False, threshold=6
-                    )
+                    new = bnb.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=6)
                 else:
                     new = bnb.Linear4bit(
                         *size, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"

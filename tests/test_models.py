@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from helpers import llamacpp, models, runtime
+from helpers import models, runtime
+from helpers.serving import llamacpp
 
 ROOT = Path(models.__file__).parent.parent
 MAKE = "from helpers import models; print(models.embedded_folder())"
@@ -110,9 +110,7 @@ def test_unknown_settings_name_what_would_work():
         ("bfloat16", "cuda", r"the kernel is missing\. Use attention='sdpa'"),
     ],
 )
-def test_flash_attention_is_refused_where_the_kernel_would_fail(
-    monkeypatch, dtype, device, words
-):
+def test_flash_attention_is_refused_where_the_kernel_would_fail(monkeypatch, dtype, device, words):
     monkeypatch.setattr(runtime, "flash_attention_problem", lambda: "the kernel is missing")
     with pytest.raises(ValueError, match=words):
         models.load_model(
@@ -328,9 +326,7 @@ def test_a_damaged_cache_is_rebuilt(wheel, tmp_path):
     done = python(MAKE, HELPERS_CACHE=str(tmp_path), **from_folder(wheel.parent))
     assert done.returncode == 0, done.stderr
     manifest = json.loads((copy / "manifest.json").read_text())
-    assert (copy / "model.safetensors").stat().st_size == manifest["model.safetensors"][
-        "bytes"
-    ]
+    assert (copy / "model.safetensors").stat().st_size == manifest["model.safetensors"]["bytes"]
 
 
 @pytest.mark.slow

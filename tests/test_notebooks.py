@@ -5,9 +5,8 @@ import sys
 
 import nbformat
 import pytest
-
-from helpers import notebooks
 from helpers.__main__ import main
+from helpers.course import notebooks
 
 ROOT = notebooks.root()
 WRITTEN = notebooks.written()
@@ -41,9 +40,7 @@ def test_every_notebook_has_the_badge_and_the_same_bootstrap(name):
     sources = [cell.source for cell in notebook.cells]
     assert notebooks.badge(name) in sources
     tagged = [
-        cell.source
-        for cell in notebook.cells
-        if "bootstrap" in cell.metadata.get("tags", [])
+        cell.source for cell in notebook.cells if "bootstrap" in cell.metadata.get("tags", [])
     ]
     assert tagged == [notebooks.bootstrap()]
 
@@ -84,9 +81,7 @@ def test_a_failing_cell_is_named_with_its_source(tmp_path, monkeypatch):
     assert "undefined_name + x" in message and "NameError" in message
 
 
-@pytest.mark.parametrize(
-    "source", ["import os; os._exit(9)", "import time; time.sleep(99)"]
-)
+@pytest.mark.parametrize("source", ["import os; os._exit(9)", "import time; time.sleep(99)"])
 def test_a_killed_kernel_and_an_endless_cell_are_one_sentence(
     tmp_path, monkeypatch, capsys, source
 ):
@@ -103,9 +98,7 @@ def test_a_killed_kernel_and_an_endless_cell_are_one_sentence(
 
 
 def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
-    path = make(
-        tmp_path, monkeypatch, "raise ValueError('see?')", tags={0: ["raises-exception"]}
-    )
+    path = make(tmp_path, monkeypatch, "raise ValueError('see?')", tags={0: ["raises-exception"]})
     notebooks.run("Chapter0", write=True, progress=False)
     assert nbformat.read(path, as_version=4).cells[0].outputs[0].evalue == "see?"
 
@@ -144,7 +137,7 @@ def test_pictures_are_not_searched_for_words():
 
 def test_cleaning_keeps_the_still_picture_of_an_explorer(tmp_path, monkeypatch):
     source = (
-        "from helpers import plots, widgets\n"
+        "from helpers import plots; from helpers.course import widgets\n"
         "def draw(power):\n"
         "    fig, ax = plots.figure(width=2, height=1)\n"
         "    ax.plot([x**power for x in range(5)])\n"
@@ -229,7 +222,5 @@ def test_chapters_run_top_to_bottom(name):
 
 
 def complaints_of(name):
-    executed = nbformat.read(
-        ROOT / "outputs" / name.lower() / f"{name}.ipynb", as_version=4
-    )
+    executed = nbformat.read(ROOT / "outputs" / name.lower() / f"{name}.ipynb", as_version=4)
     return notebooks.complaints(executed)

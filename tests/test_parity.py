@@ -3,13 +3,12 @@
 import shutil
 
 import pytest
+from helpers import serving
+from helpers.serving import parity
+
 from chat_families import FAMILIES, conversations, tokenizer
 
-from helpers import parity, serving
-
-GO = pytest.mark.skipif(
-    not shutil.which("go"), reason="needs Go: apt-get install golang-go"
-)
+GO = pytest.mark.skipif(not shutil.which("go"), reason="needs Go: apt-get install golang-go")
 TALKS = conversations(200)
 
 
@@ -74,12 +73,8 @@ def test_a_template_that_go_cannot_parse_says_so():
 
 def test_without_go_the_reason_stands_in_the_report(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    report = serving.template_parity(
-        tokenizer("chatml"), TALKS[:2], modelfile=modelfile("chatml")
-    )
-    assert "golang-go" in str(report) and report.compared == (
-        "stop words of the Modelfile",
-    )
+    report = serving.template_parity(tokenizer("chatml"), TALKS[:2], modelfile=modelfile("chatml"))
+    assert "golang-go" in str(report) and report.compared == ("stop words of the Modelfile",)
 
 
 def test_arguments_are_checked():

@@ -3,10 +3,10 @@
 import ast
 
 import nbformat
-import portability
 import pytest
+from helpers.course import notebooks
 
-from helpers import notebooks
+import portability
 
 # Deliberate: (file, kind, words of the line) and why it may stay.
 ALLOWED = {
@@ -73,10 +73,8 @@ WRONG = {
         "def never_called(words):\n    return model(torch.tensor([words]))",
         "x = torch.tensor([ids])\npairs = [(x, x)]\n"
         "losses = [model(x, labels=y) for x, y in pairs]",
-        "x = torch.tensor([ids]).to(model.device)\n"
-        "model(x, attention_mask=torch.ones(1, 5))",
-        "x = torch.full((1, 3), 7)\n"
-        "with torch.no_grad():\n    loss = model(input_ids=x).loss",
+        "x = torch.tensor([ids]).to(model.device)\nmodel(x, attention_mask=torch.ones(1, 5))",
+        "x = torch.full((1, 3), 7)\nwith torch.no_grad():\n    loss = model(input_ids=x).loss",
         "batch = batches.lay_out(rows, tokenizer, 'x').batch\n"
         "inputs = {k: v for k, v in batch.items() if k != 'labels'}\nmodel(**inputs)",
         "model.generate(**tokenizer('Hello', return_tensors='pt'))",
@@ -176,8 +174,7 @@ RIGHT = [
     "names = ['trl', 'peft']\nprint(f'{os.cpu_count()} cores')",
     "if hasattr(tarfile, 'data_filter'):\n    archive.extractall(x, filter='data')",
     "def f(n):\n    return f(n - 1) if n else model(torch.zeros(1, device='cuda'))\nf(3)",
-    "on_cpu.load_state_dict(model.state_dict())\n"
-    "on_cpu.lm_head.weight.copy_(model.lm_head.weight)",
+    "on_cpu.load_state_dict(model.state_dict())\non_cpu.lm_head.weight.copy_(model.lm_head.weight)",
 ]
 
 

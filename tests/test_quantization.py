@@ -5,11 +5,10 @@ import warnings
 
 import pytest
 import torch
+from helpers import models, quantization
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from helpers import models, quantization
 
 FOUR_BIT = {"nf4": quantization.quantize_nf4, "fp4": quantization.quantize_fp4}
 
@@ -141,9 +140,7 @@ def test_odd_sizes(bnb, kind, shape):
 def test_other_block_sizes(bnb, block_size):
     weights = torch.randn(48, 100, generator=torch.Generator().manual_seed(2))
     ours = quantization.quantize_nf4(weights, block_size=block_size)
-    codes, state = bnb.functional.quantize_4bit(
-        weights, blocksize=block_size, quant_type="nf4"
-    )
+    codes, state = bnb.functional.quantize_4bit(weights, blocksize=block_size, quant_type="nf4")
     assert torch.equal(ours.codes, codes)
     assert torch.equal(ours.absmax, state.absmax)
     # Not compared with the library's dequantize_4bit: on the CPU, 0.50 restarts its blocks
@@ -182,9 +179,7 @@ def test_half_precision_comes_back_in_its_own_dtype():
         weights = torch.randn(64, 64).to(dtype)
         assert quantization.quantize_nf4(weights).dequantize().dtype == dtype
         assert quantization.quantize_linear(weights).dequantize().dtype == dtype
-        assert (
-            quantization.quantize_nf4(weights).dequantize(torch.float32).dtype.itemsize == 4
-        )
+        assert quantization.quantize_nf4(weights).dequantize(torch.float32).dtype.itemsize == 4
 
 
 # ── int8 against Linear8bitLt ────────────────────────────────────────────────────────────
@@ -220,9 +215,7 @@ def test_int8_outlier_columns_equal_the_library(bnb):
     activations[:, 17] *= 20
     activations[3, 90] = -7.0
     ours = quantization.quantize_int8(activations, threshold=6.0)
-    codes, absmax, columns = bnb.functional.int8_vectorwise_quant(
-        activations.half(), threshold=6.0
-    )
+    codes, absmax, columns = bnb.functional.int8_vectorwise_quant(activations.half(), threshold=6.0)
     assert {17, 90} <= set(ours.outlier_columns.tolist())
     assert torch.equal(ours.outlier_columns, columns)
     assert torch.equal(ours.codes, codes)
@@ -289,9 +282,7 @@ def test_the_smallest_weight_has_code_zero():
 )
 def test_linear_error_is_at_most_half_a_step(values, bits, scheme, per):
     weights = torch.tensor(values)
-    ours = quantization.quantize_linear(
-        weights, bits, scheme=scheme, per=per, block_size=16
-    )
+    ours = quantization.quantize_linear(weights, bits, scheme=scheme, per=per, block_size=16)
     assert ours.codes.shape == weights.shape
     error = (ours.dequantize() - weights).abs()
     step = ours.scale.repeat_interleave(math.ceil(len(values) / len(ours.scale)))
@@ -307,9 +298,7 @@ def test_smaller_groups_mean_smaller_errors():
     weights = torch.randn(64, 256, generator=torch.Generator().manual_seed(8)) * 0.02
     weights[5, 7] = 1.0
     rmse = [
-        quantization.error_report(
-            weights, quantization.quantize_linear(weights, 4, per=per)
-        ).rmse
+        quantization.error_report(weights, quantization.quantize_linear(weights, 4, per=per)).rmse
         for per in ("tensor", "row", "block")
     ]
     assert rmse == sorted(rmse, reverse=True) and rmse[0] > 2 * rmse[2]
@@ -444,7 +433,7 @@ def test_error_report_refuses_other_shapes():
 
 
 def test_the_explorer_draws_every_choice(monkeypatch):
-    from helpers import widgets
+    from helpers.course import widgets
 
     shown = {}
     monkeypatch.setattr(widgets, "explore", lambda draw, **c: shown.update(draw=draw, **c))

@@ -9,12 +9,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from helpers import chat, data, models, training
+from helpers.training import recipes
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, get_peft_config
 from trl.scripts.sft import make_parser
-
-from helpers import chat, data, models, recipes, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 SETTINGS = {
@@ -174,9 +174,7 @@ ON_CARDS = {"use_cpu": False}
 def test_more_processes_than_cards_are_refused(export, cards, tmp_path):
     on_cards = SFTConfig(str(tmp_path / "x"), **SETTINGS | ON_CARDS)
     cards(1)
-    with pytest.raises(
-        ValueError, match=r"processes=2 .* needs 2 GPUs, and torch sees 1.*; use"
-    ):
+    with pytest.raises(ValueError, match=r"processes=2 .* needs 2 GPUs, and torch sees 1.*; use"):
         export(args=on_cards, **TWO)
     assert not (tmp_path / "recipe").exists()
     export("on the CPU", **TWO)
@@ -338,9 +336,7 @@ def test_one_process_and_two_agree(export):
 
 @pytest.mark.slow
 def test_the_embedded_model_in_four_bits_runs_by_trl(export, tokenizer):
-    recipe = export(
-        "nf4", {"max_steps": 2}, model=models.embedded_folder(), quantization="nf4"
-    )
+    recipe = export("nf4", {"max_steps": 2}, model=models.embedded_folder(), quantization="nf4")
     losses = training.run_recipe(recipe)
     assert len(losses) == 2 and all(0 < loss < 6 for loss in losses)
     saved = recipe.folder / "trained" / "adapter_model.safetensors"

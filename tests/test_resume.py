@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-
-from helpers import notebooks
+from helpers.course import notebooks
 
 pytestmark = pytest.mark.slow
 SCRIPT = """\

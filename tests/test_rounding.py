@@ -1,9 +1,8 @@
 import pytest
 import torch
+from helpers.rounding import BFloat16AdamW, stochastic_round
 from hypothesis import given
 from hypothesis import strategies as st
-
-from helpers.rounding import BFloat16AdamW, stochastic_round
 
 
 def neighbours(value):
@@ -44,9 +43,7 @@ def test_special_values_stay():
 
 def test_shapes_strides_and_the_generator():
     values = torch.randn(8, 6).T
-    one, two = (
-        stochastic_round(values, generator=torch.Generator().manual_seed(3)) for _ in "ab"
-    )
+    one, two = (stochastic_round(values, generator=torch.Generator().manual_seed(3)) for _ in "ab")
     assert one.shape == (6, 8) and torch.equal(one, two)
     state = torch.get_rng_state()
     stochastic_round(values, generator=torch.Generator())

@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-
 from helpers import runtime
 
 
@@ -146,9 +145,7 @@ def test_a_mirror_that_answers_is_the_hub(mirror, status):
         (http.client.BadStatusLine("a captive portal"), False),
     ],
 )
-def test_certificates_that_only_python_lacks_are_no_missing_hub(
-    monkeypatch, mirror, error, there
-):
+def test_certificates_that_only_python_lacks_are_no_missing_hub(monkeypatch, mirror, error, there):
     def refuse(*_, **__):
         raise error
 

@@ -16,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
-from chat_families import FAMILIES, conversations, tokenizer
+from helpers import models, serving
+from helpers.course import notebooks
+from helpers.serving import gguf, llamacpp, parity
 
-from helpers import gguf, llamacpp, models, notebooks, parity, serving
+from chat_families import FAMILIES, conversations, tokenizer
 
 pytestmark = pytest.mark.slow
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -87,9 +89,7 @@ def test_five_hundred_requests_thirty_two_at_a_time(embedded_f16, tmp_path):
     """None lost, none mixed up: every answer carries its own prompt back."""
     small = gguf.quantize(embedded_f16, tmp_path / "q8.gguf", "Q8_0")
     questions = [f"Write the number {n}." for n in range(100, 150)]
-    prompts = [
-        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in questions
-    ]
+    prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in questions]
 
     def ask(prompt):
         payload = serving.GREEDY | {"prompt": prompt, "n_predict": 4}
@@ -124,9 +124,7 @@ def test_a_client_that_hangs_up_does_not_stop_it(tiny):
         for _ in range(5):
             client = http.client.HTTPConnection(serving.HOST, server.port, timeout=5)
             body = json.dumps({"prompt": "Once", "n_predict": 500})
-            client.request(
-                "POST", "/completion", body, {"Content-Type": "application/json"}
-            )
+            client.request("POST", "/completion", body, {"Content-Type": "application/json"})
             client.close()
         assert server.complete("Once", max_tokens=3) is not None
 
@@ -288,9 +286,7 @@ def test_a_template_that_cannot_be_parsed_ends_with_the_server_s_words(tiny):
 def test_prompts_are_exact_on_200_conversations_text_and_tokens(family, tmp_path):
     path = tiny_gguf(family, tmp_path)
     with serving.LlamaServer(path) as server:
-        report = serving.template_parity(
-            tokenizer(family), conversations(200), server=server
-        )
+        report = serving.template_parity(tokenizer(family), conversations(200), server=server)
     assert report.exact, str(report)
     assert report.conversations == 200
 
@@ -318,10 +314,9 @@ def test_each_trap_is_caught_at_the_server(code, tiny):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A quick adapter on the embedded model: saved, merged, and what it answers."""
+    from helpers import chat, data, generation, runtime, training
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig
-
-    from helpers import chat, data, generation, runtime, training
 
     folder = tmp_path_factory.mktemp("tuned")
     here = runtime.start()
@@ -362,9 +357,7 @@ def test_greedy_answers_are_pytorch_s(way, tuned):
         adapter = gguf.convert_adapter(folder / "adapter", base, folder / "adapter.gguf")
         options = {"adapter": adapter, "template": ours.chat_template}
     with serving.LlamaServer(path, **options) as server, ThreadPoolExecutor(2) as pool:
-        served = list(
-            pool.map(lambda talk: server.chat(talk, max_tokens=32).strip(), talks)
-        )
+        served = list(pool.map(lambda talk: server.chat(talk, max_tokens=32).strip(), talks))
     differing = [(a, b) for a, b in zip(answers, served, strict=True) if a != b]
     assert len(differing) <= 0.05 * len(talks), differing
     assert len(set(served)) > 40, "real answers, not one for all"
@@ -379,9 +372,7 @@ def test_the_web_page_is_there_or_its_absence_is_known(tiny):
         page = answer.read()
         client.close()
     if os.environ.get(llamacpp.VARIABLE) or not llamacpp.has_web_page():
-        pytest.skip(
-            "these programs were built without the page: llamacpp.build(web_page=True)"
-        )
+        pytest.skip("these programs were built without the page: llamacpp.build(web_page=True)")
     assert answer.status == 200, page[:200]
     if answer.headers["Content-Encoding"] == "gzip":
         page = gzip.decompress(page)

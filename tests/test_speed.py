@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-
 from helpers import speed
 
 
@@ -45,9 +44,7 @@ def test_benchmark_reports_a_distribution_of_seconds():
     assert timing.quartiles == pytest.approx((quartiles[0], quartiles[2]))
     assert timing.iqr == pytest.approx(quartiles[2] - quartiles[0])
     assert timing.runs >= len(timing.times) >= len(timing.rounds) == 3
-    assert (
-        "matmul" in repr(timing) and "per call" in repr(timing) and "calls" in repr(timing)
-    )
+    assert "matmul" in repr(timing) and "per call" in repr(timing) and "calls" in repr(timing)
 
 
 def test_threads_are_the_ones_torch_uses_and_stay_so():
@@ -55,9 +52,7 @@ def test_threads_are_the_ones_torch_uses_and_stay_so():
     seen = []
     try:
         torch.set_num_threads(2)
-        timing = speed.benchmark(
-            lambda: seen.append(torch.get_num_threads()), min_run_time=0.01
-        )
+        timing = speed.benchmark(lambda: seen.append(torch.get_num_threads()), min_run_time=0.01)
         assert timing.threads == 2 and set(seen) == {2} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

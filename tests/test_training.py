@@ -5,11 +5,10 @@ import os
 import pytest
 import torch
 from datasets import Dataset
+from helpers import chat, data, models, runtime, training
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
-
-from helpers import chat, data, models, runtime, training
 
 
 @pytest.fixture
@@ -217,9 +216,7 @@ def test_match_dtypes_leaves_one_dtype_and_the_codes_alone(quantized):
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.data = parameter.data.bfloat16()
-    codes = model.get_submodule(
-        "base_model.model.model.layers.0.mlp.up_proj"
-    ).weight.clone()
+    codes = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").weight.clone()
     training.match_dtypes(model)
     kinds = {p.dtype for p in model.parameters()}
     assert kinds == {torch.float32, torch.uint8}
@@ -229,18 +226,14 @@ def test_match_dtypes_leaves_one_dtype_and_the_codes_alone(quantized):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_match_dtypes_keeps_an_int8_model_in_the_dtype_it_computes_in(dtype):
-    model = models.load_model(
-        models.EMBEDDED, quantization="int8", dtype=dtype, device="cpu"
-    )
+    model = models.load_model(models.EMBEDDED, quantization="int8", dtype=dtype, device="cpu")
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert {p.dtype for p in model.parameters()} >= {torch.int8, torch.float32}
     training.match_dtypes(model)
     assert {p.dtype for p in model.parameters()} == {torch.int8, dtype}
 
 
-def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
-    tmp_path, prepared, rows, quantized
-):
+def test_a_short_qlora_run_learns_and_its_adapter_comes_back(tmp_path, prepared, rows, quantized):
     # After an evaluation on purpose: a 4-bit layer must still pass gradients then.
     quantized.eval()
     with torch.no_grad():
@@ -268,9 +261,7 @@ def test_a_short_qlora_run_learns_and_its_adapter_comes_back(
         assert torch.allclose(fresh(inputs).logits, expected, atol=1e-3)
 
 
-def test_fp16_trains_float32_adapters_which_the_gradient_scaler_needs(
-    tmp_path, prepared, rows
-):
+def test_fp16_trains_float32_adapters_which_the_gradient_scaler_needs(tmp_path, prepared, rows):
     # TRL makes the adapters of quantized models bfloat16, for which PyTorch's scaler has no
     # kernel on CUDA: a T4, which needs fp16, would stop at the first step.
     base = models.load_model(models.EMBEDDED, quantization="nf4", device="cpu")
@@ -397,9 +388,7 @@ def test_the_plain_loop_has_the_trainers_losses(tmp_path, prepared, kind, accumu
 
 def test_accumulation_and_a_larger_batch_give_the_same_update(tmp_path, prepared):
     _, batches = ten_steps(tmp_path, prepared)
-    rows = [
-        {name: tensor[i : i + 1] for name, tensor in batches[0].items()} for i in range(4)
-    ]
+    rows = [{name: tensor[i : i + 1] for name, tensor in batches[0].items()} for i in range(4)]
     lengths = [int((row["labels"] != -100).sum()) for row in rows]
     assert len(set(lengths)) > 1, "unequal rows, or a mean of means would pass too"
     updates = []
@@ -415,8 +404,6 @@ def test_accumulation_and_a_larger_batch_give_the_same_update(tmp_path, prepared
 
 def test_the_plain_loop_refuses_float16_which_wants_a_scaler():
     for model in (tiny().half(), get_peft_model(tiny().half(), LoraConfig(r=2))):
-        with pytest.raises(
-            ValueError, match="float16 weights, which need a gradient scaler"
-        ):
+        with pytest.raises(ValueError, match="float16 weights, which need a gradient scaler"):
             training.simple_loop(model, [], lr=1e-3)
     assert training.simple_loop(tiny().bfloat16(), [], lr=1e-3) == []

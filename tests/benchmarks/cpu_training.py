@@ -19,11 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from helpers import chat, data, evaluation, models, runtime, training
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
-
-from helpers import chat, data, evaluation, models, runtime, training
 
 
 class Meter(TrainerCallback):
@@ -57,9 +56,7 @@ def make(kind, here, folder, rows=None, **choices):
         device="cpu",
     )
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not lean)
-    lora = LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = chat.prepare_model(get_peft_model(model, lora), tokenizer)
     settings = training.machine_settings(here) if lean else {"use_cpu": True, "bf16": False}
     recipe = {
@@ -117,14 +114,10 @@ def main():
                 trainer, meter, tokens = make(kind, here, folder, max_steps=options.steps)
                 trainer.train()
                 found.append(tokens_per_second(meter, tokens))
-                print(
-                    f"round {number + 1}  {kind:5}  {found[-1]:6.0f} tokens/s", flush=True
-                )
+                print(f"round {number + 1}  {kind:5}  {found[-1]:6.0f} tokens/s", flush=True)
         medians = {kind: statistics.median(found) for kind, found in speeds.items()}
         ratio = medians["lean"] / medians["stock"]
-        print(
-            f"\nmedian: stock {medians['stock']:.0f}, lean {medians['lean']:.0f} tokens/s"
-        )
+        print(f"\nmedian: stock {medians['stock']:.0f}, lean {medians['lean']:.0f} tokens/s")
         print(f"lean is {ratio:.2f} times as fast", flush=True)
         if options.epochs:
             for kind in speeds:

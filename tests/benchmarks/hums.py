@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cpu_training import make
-
 from helpers import data, evaluation, runtime
 
 RECIPE = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 1}
@@ -38,9 +37,7 @@ def learn(here, hums, count, held):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1000, help="training rows")
-    parser.add_argument(
-        "--held", type=int, default=200, help="rows judged, and not learned"
-    )
+    parser.add_argument("--held", type=int, default=200, help="rows judged, and not learned")
     choices = parser.parse_args()
     here = runtime.detect()
     for hums in (False, True):

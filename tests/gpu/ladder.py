@@ -214,9 +214,8 @@ def build(choices):
     """The model as `helpers.memory_step.build` imagines it, real, and its optimizer."""
     import peft
     import torch
-    from trl.trainer.utils import add_fused_lm_head
-
     from helpers import memory
+    from trl.trainer.utils import add_fused_lm_head
 
     config = memory.load_config(choices["model"])
     if hasattr(config, "layerdrop"):
@@ -320,7 +319,6 @@ def make_optimizer(name, trained):
 def one_run(save, entry, model, optimizer):
     """Predicted against measured, or the news that the memory did not suffice."""
     import torch
-
     from helpers import memory
 
     batch, predicted = make_batch(entry), entry["predicted"]

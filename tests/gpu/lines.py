@@ -21,9 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Names that many machines share say nothing about anybody, and are words of our own texts.
 SHARED_NAMES = {"root", "user", "ubuntu", "home", "admin", "jovyan", "runner", "localhost"}
 SECRET_VARIABLE = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|API_?KEY|ACCESS_KEY", re.I)
-SECRET = re.compile(
-    r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|rpa_)[\w-]{12,}|(?<=://)[^\s/@]+(?=@)"
-)
+SECRET = re.compile(r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|rpa_)[\w-]{12,}|(?<=://)[^\s/@]+(?=@)")
 UNIX_FOLDERS = re.compile(r"(?:(?<![\w.~<>/])|(?<=://))/(?:[^\s/'\"`:;,<>()\[\]{}|]+/)+")
 WINDOWS_FOLDERS = re.compile(r"\b[A-Za-z]:(?:\\+[^\\\n'\":;,]+)*\\+")
 

@@ -27,9 +27,7 @@ def table(folder):
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if not reports:
         return NOBODY
-    reports.sort(
-        key=lambda report: (report["head"]["memory_bytes"], report["head"]["card"])
-    )
+    reports.sort(key=lambda report: (report["head"]["memory_bytes"], report["head"]["card"]))
     return "\n".join([HEAD, *map(_row, reports)])
 
 

