@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -36,6 +36,25 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def make_once(
+    folder: Path, make: Callable[[Path], None], complete: Callable[[Path], bool] = Path.is_dir
+) -> Path:
+    """`folder`, made by `make(partial)` where it is not complete; whoever comes second waits.
+
+    `make` gets a path to create the folder at. What a killed process left is cleared away.
+    """
+    from filelock import FileLock
+
+    if not complete(folder):
+        with FileLock(f"{folder}.lock"):  # the system frees it when a process dies
+            if not complete(folder):
+                for leftover in folder.parent.glob(f".{folder.name}.*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                with atomic_path(folder) as partial:
+                    make(partial)
+    return folder
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:

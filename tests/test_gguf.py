@@ -92,7 +92,7 @@ def test_weights_arrive_rounded_once(f16):
 def test_an_existing_file_is_kept_unless_told(folder, tmp_path):
     out = tmp_path / "model.gguf"
     out.write_text("precious")
-    with pytest.raises(ValueError, match="exists; pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="exists: pass overwrite=True"):
         gguf.convert_model(folder, out)
     assert out.read_text() == "precious"
 
@@ -107,7 +107,7 @@ def test_a_missing_file_is_named(folder, tmp_path, missing):
 
 
 def test_bad_arguments_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="dtype must be one of f32, f16, bf16, q8_0"):
+    with pytest.raises(ValueError, match="dtype must be one of 'f32', 'f16', 'bf16', 'q8_0'"):
         gguf.convert_model(folder, tmp_path / "out.gguf", dtype="q4")
     with pytest.raises(ValueError, match=r"out must end in \.gguf"):
         gguf.convert_model(folder, tmp_path / "out.bin")
@@ -206,7 +206,7 @@ def test_a_corrupted_header_is_refused(f16, tmp_path):
 # ── quantizing (llama.cpp's programs) ────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["Q9_K", "f16", "", None])
 def test_an_unknown_kind_lists_the_known_ones(f16, tmp_path, kind):
-    with pytest.raises(ValueError, match="kind must be one of Q8_0, Q6_K"):
+    with pytest.raises(ValueError, match="kind must be one of 'Q8_0', 'Q6_K'"):
         gguf.quantize(f16, tmp_path / "out.gguf", kind)
 
 
@@ -217,14 +217,14 @@ PROGRAMS = pytest.mark.skipif(
 
 
 @PROGRAMS
-def test_bits_are_counted_and_the_rows_that_fell_back_are_named(f16, tmp_path):
+def test_bits_are_counted_and_the_rows_that_fallback_tensors_are_named(f16, tmp_path):
     found = gguf.inspect(gguf.quantize(f16, tmp_path / "q4.gguf", "q4_k_m"))
     assert found.kind == "Q4_K_M"
     assert "Q4_K" in found.types, "rows of 256 divide"
-    assert list(found.fell_back.index) == ["blk.0.ffn_down.weight"], "rows of 320 do not"
+    assert list(found.fallback_tensors.index) == ["blk.0.ffn_down.weight"], "rows of 320 do not"
     assert found.tensors.loc["blk.0.ffn_down.weight", "bits per weight"] > 5
     assert "1 fell back" in str(found)
-    assert not len(gguf.inspect(f16).fell_back)
+    assert not len(gguf.inspect(f16).fallback_tensors)
 
 
 @PROGRAMS

@@ -4,6 +4,7 @@ The build runs for real here, with CMake and a compiler, on a source tree of thr
 The tree of llama.cpp itself is built by the slow set where the cache is cold.
 """
 
+import gzip
 import json
 import os
 import re
@@ -15,10 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
+import trial_model
+
 from helpers import runtime
 from helpers.course import notebooks
-from helpers.serving import _trial as llamacpp_trial
-from helpers.serving import llamacpp
+from helpers.serving import _build, _programs, _trial, gguf, llamacpp
 
 BUILDS = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++")) or os.name == "nt",
@@ -82,27 +84,30 @@ def start(source, cache):
 
 
 def partials(cache):
-    return [path.name for path in cache.iterdir() if "partial" in path.name]
+    return [path.name for path in cache.iterdir() if path.name.startswith(".")]
 
 
 # ── names and versions ───────────────────────────────────────────────────────────────────
 def test_an_unknown_program_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of llama-server, .*not 'llama-cli'"):
+    with pytest.raises(ValueError, match=r"one of 'llama-server', .*not 'llama-cli'"):
         llamacpp.binary("llama-cli")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
 @pytest.mark.parametrize(
     ("said", "good"),
     [
-        ("version: 6000 (abc)", True),
-        ("version: 5999 (abc)", False),
-        ("version: 0.5.0-dev (build 1, commit abc)", True),
-        ("version: unknown", False),
+        ("6000 (abc)", True),
+        ("5999 (abc)", False),
+        ("0.5.0-dev (build 1, commit abc)", True),
+        ("unknown", False),
         ("", False),
     ],
 )
-def test_old_versions_are_told_from_new_ones(said, good):
-    assert llamacpp.is_new_enough(said) is good
+def test_old_versions_are_told_from_new_ones(cache, tmp_path, monkeypatch, said, good):
+    path = program(tmp_path / "mine", said)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: str(path))
+    assert (llamacpp.find("llama-server") == path) is good
 
 
 def test_a_program_that_is_none_has_no_version(tmp_path):
@@ -114,7 +119,7 @@ def test_a_program_that_is_none_has_no_version(tmp_path):
 def program(folder, version):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "llama-server"
-    path.write_text(f"#!/bin/sh\necho 'version: {version} (abc)'\n")
+    path.write_text(f"#!/bin/sh\necho 'version: {version}'\n")
     path.chmod(0o755)
     return path
 
@@ -122,7 +127,7 @@ def program(folder, version):
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts")
 @pytest.mark.parametrize("inside", [".", "bin", "build/bin"])
 def test_the_variable_names_a_folder(cache, tmp_path, monkeypatch, inside):
-    path = program(tmp_path / "mine" / inside, 6100)
+    path = program(tmp_path / "mine" / inside, "6100 (abc)")
     monkeypatch.setenv(llamacpp.VARIABLE, str(tmp_path / "mine"))
     assert llamacpp.binary("llama-server").samefile(path)
     with pytest.raises(FileNotFoundError, match="has no llama-quantize"):
@@ -134,16 +139,15 @@ def test_a_quantizer_that_says_no_version_is_as_old_as_the_programs_beside_it(
     cache, tmp_path, monkeypatch
 ):
     """The real llama-quantize answers `--version` with its usage."""
-    folder = program(tmp_path / "mine", 6100).parent
-    quantizer = folder / "llama-quantize"
-    quantizer.write_text("#!/bin/sh\necho usage: llama-quantize; exit 1\n")
-    quantizer.chmod(0o755)
-    monkeypatch.setattr(shutil, "which", lambda name, **_: str(folder / name))
-    assert llamacpp.find("llama-quantize") == quantizer
-    monkeypatch.setenv(llamacpp.VARIABLE, str(folder))
-    assert llamacpp.binary("llama-quantize") == quantizer
-    llamacpp.version.cache_clear()
-    program(folder, 4000)
+    new, old = (program(tmp_path / v, f"{v} (abc)").parent for v in ("6100", "4000"))
+    for folder in (new, old):
+        (folder / "llama-quantize").write_text("#!/bin/sh\necho usage: llama-quantize; exit 1\n")
+        (folder / "llama-quantize").chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: str(new / name))
+    assert llamacpp.find("llama-quantize") == new / "llama-quantize"
+    monkeypatch.setenv(llamacpp.VARIABLE, str(new))
+    assert llamacpp.binary("llama-quantize") == new / "llama-quantize"
+    monkeypatch.setenv(llamacpp.VARIABLE, str(old))
     with pytest.raises(ValueError, match="says 'version: 4000"):
         llamacpp.binary("llama-quantize")
 
@@ -152,14 +156,14 @@ def test_a_quantizer_that_says_no_version_is_as_old_as_the_programs_beside_it(
 def test_an_old_one_in_the_variable_is_an_error_and_on_the_path_is_passed_over(
     cache, tmp_path, monkeypatch
 ):
-    path = program(tmp_path / "old", 4000)
+    path = program(tmp_path / "old", "4000 (abc)")
     monkeypatch.setenv(llamacpp.VARIABLE, str(tmp_path / "old"))
     with pytest.raises(ValueError, match=r"says 'version: 4000.*build 6000"):
         llamacpp.find("llama-server")
     monkeypatch.delenv(llamacpp.VARIABLE)
     monkeypatch.setattr(shutil, "which", lambda name, **_: str(path))
     assert llamacpp.find("llama-server") is None
-    newer = program(tmp_path / "new", 7000)
+    newer = program(tmp_path / "new", "7000 (abc)")
     monkeypatch.setattr(shutil, "which", lambda name, **_: str(newer))
     assert llamacpp.find("llama-server") == newer
 
@@ -174,7 +178,7 @@ def test_an_old_one_in_the_variable_is_an_error_and_on_the_path_is_passed_over(
 )
 def test_without_tools_the_package_manager_is_named(cache, source, monkeypatch, system, words):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
-    monkeypatch.setattr(llamacpp.platform, "system", lambda: system)
+    monkeypatch.setattr(_build.platform, "system", lambda: system)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(OSError, match=words) as error:
         llamacpp.binary("llama-server")
@@ -182,10 +186,10 @@ def test_without_tools_the_package_manager_is_named(cache, source, monkeypatch, 
     assert not partials(cache)
 
 
+@BUILDS
 def test_too_little_space_is_said_first(cache, source, monkeypatch):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
-    monkeypatch.setattr(llamacpp, "_check_tools", lambda extras: None)
-    monkeypatch.setattr(llamacpp, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(_build, "NEEDED_BYTES", 10**18)
     with pytest.raises(OSError, match=runtime.CACHE_VARIABLE):
         llamacpp.binary("llama-server")
     assert not partials(cache)
@@ -224,14 +228,14 @@ def stand_in(folder, does):
 )
 def test_programs_are_tried_before_anybody_relies_on_them(tmp_path, does, options, words):
     folder = stand_in(tmp_path, does)
-    trial = llamacpp_trial.run(folder / "llama-perplexity")
+    trial = _trial.run(folder / "llama-perplexity")
     assert trial.refused is (options is None)
     assert trial.options == (options or [])
     assert re.search(words, str(trial)) and bool(str(trial)) is bool(words)
 
 
 def test_without_the_program_nothing_is_tried(tmp_path):
-    trial = llamacpp_trial.run(tmp_path / "llama-perplexity")
+    trial = _trial.run(tmp_path / "llama-perplexity")
     assert (trial.options, trial.refused, str(trial)) == ([], False, "")
 
 
@@ -239,8 +243,10 @@ def test_without_the_program_nothing_is_tried(tmp_path):
 def test_your_own_programs_are_started_plainly_or_refused_in_words(
     cache, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "plain", NEEDS_PLAIN)))
-    assert llamacpp.options("llama-server") == ["--no-repack"]
+    assert llamacpp.options("llama-server") == ["--threads", "3", "--no-repack"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert llamacpp.options("llama-perplexity") == ["--no-repack"]
     assert capsys.readouterr().out.count("--no-repack") == 1, "said once, not per program"
     assert "SIGILL" in llamacpp.trouble()
@@ -252,14 +258,17 @@ def test_your_own_programs_are_started_plainly_or_refused_in_words(
 
 
 def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
-    from helpers.serving import gguf
-
-    llamacpp_trial.write_tiny_model(tmp_path / "tiny.gguf")
-    found = gguf.inspect(tmp_path / "tiny.gguf")
-    for block, kind in enumerate(llamacpp_trial.TYPES):
+    """It is what tests/trial_model.py writes."""
+    stored, written = tmp_path / "stored.gguf", tmp_path / "written.gguf"
+    stored.write_bytes(gzip.decompress(_trial.MODEL.read_bytes()))
+    trial_model.write(written)
+    found, expected = gguf.inspect(stored), gguf.inspect(written)
+    assert found.metadata == expected.metadata
+    assert found.tensors.equals(expected.tensors)
+    for block, kind in enumerate(trial_model.TYPES):
         assert found.tensors.loc[f"blk.{block}.ffn_up.weight", "type"] == kind
     dying = {"Q8_0", "Q6_K", "Q4_K", "Q4_0", "Q2_K"}  # where AMX is listed and refused
-    assert dying <= set(llamacpp_trial.TYPES)
+    assert dying <= set(trial_model.TYPES)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +284,12 @@ def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
 )
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_negative_status_is_read_as_the_signal_it_is(status, words):
-    assert re.search(words, llamacpp.how_it_ended(status))
+    assert re.search(words, _programs.how_it_ended(status))
 
 
 # ── built ────────────────────────────────────────────────────────────────────────────────
 @BUILDS
-def test_it_is_built_once_kept_and_built_again_when_damaged(cache, source, monkeypatch):
+def test_it_is_built_once_kept_and_built_again_when_incomplete(cache, source, monkeypatch):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
     assert llamacpp.find("llama-server") is None
     path = llamacpp.binary("llama-server")
@@ -289,9 +298,10 @@ def test_it_is_built_once_kept_and_built_again_when_damaged(cache, source, monke
     made = path.stat().st_mtime_ns
     assert llamacpp.binary("llama-server").stat().st_mtime_ns == made
     assert llamacpp.has_web_page() is False and not partials(cache)
-    (path.parent / "llama-perplexity").write_bytes(b"cut")
-    assert llamacpp.find("llama-server") is None, "one damaged program spoils the folder"
+    (path.parent / "llama-perplexity").unlink()
+    assert llamacpp.find("llama-server") is None, "one missing program spoils the folder"
     assert llamacpp.binary("llama-server").stat().st_mtime_ns > made
+    assert (path.parent / "llama-perplexity").is_file() and not partials(cache)
 
 
 @BUILDS
@@ -312,16 +322,16 @@ def test_a_build_that_this_processor_refuses_is_followed_by_a_portable_one(
     assert "portable" in path.parent.parent.name
     assert "killed by SIGILL" in capsys.readouterr().out
     assert llamacpp.find("llama-server") == path, "the one that dies is passed over"
-    assert llamacpp.options("llama-server") == []
+    assert "--no-repack" not in llamacpp.options("llama-server")
 
 
 @BUILDS
 def test_the_web_page_is_made_only_when_asked_for(cache, source, monkeypatch):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
     called = []
-    real = llamacpp._call
+    real = _build._call
     monkeypatch.setattr(
-        llamacpp,
+        _build,
         "_call",
         lambda c, *rest: called.append(c[0]) or (c[0] != "npm" and real(c, *rest)),
     )
@@ -348,7 +358,7 @@ def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
     (source / "CMakeLists.txt").write_text(LISTS + "add_subdirectory(ggml)\n")
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
     monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON '-DA=b c'")
-    real, commands = llamacpp._call, []
+    real, commands = _build._call, []
 
     def call(command, folder, bar=None):
         real(command, folder, bar)
@@ -357,7 +367,7 @@ def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
             made = command[command.index("-B") + 1]
             commands.extend(json.loads((made / "compile_commands.json").read_text()))
 
-    monkeypatch.setattr(llamacpp, "_call", call)
+    monkeypatch.setattr(_build, "_call", call)
     own = llamacpp.binary("llama-server")
     monkeypatch.delenv("CMAKE_ARGS")
     assert llamacpp.find("llama-server") != own, "a build with other options is another"
@@ -370,11 +380,11 @@ def test_only_ggml_gets_the_compilers_full_effort(cache, source, monkeypatch):
 def test_no_more_compilers_than_cores_and_memory_allow(monkeypatch):
     monkeypatch.setattr(runtime, "usable_cores", lambda: 8)
     monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 4 * 10**9)
-    assert llamacpp._jobs() == 3
+    assert _build._jobs() == 3
     monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 10**8)
-    assert llamacpp._jobs() == 1
+    assert _build._jobs() == 1
     monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 10**12)
-    assert llamacpp._jobs() == 8
+    assert _build._jobs() == 8
 
 
 @BUILDS
@@ -393,7 +403,7 @@ def test_a_killed_build_is_never_used_and_two_at_once_build_once(cache, source):
     (slow / "CMakeLists.txt").write_text(LISTS + SLOW_STEP)
     victim = start(slow, cache)
     deadline = time.monotonic() + 60
-    while not list(cache.glob("*.partial-*/made/CMakeCache.txt")):
+    while not list(cache.glob(".*/*/made/CMakeCache.txt")):
         assert victim.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(victim.pid, signal.SIGKILL)

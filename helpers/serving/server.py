@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from helpers.serving import gguf, llamacpp
+from helpers.serving import _programs, gguf, llamacpp
 
 HOST = "127.0.0.1"
 GREEDY = {"temperature": 0.0, "top_k": 1, "cache_prompt": False}
@@ -89,7 +89,7 @@ class LlamaServer:
         command += ["--host", HOST, "--port", self.port, "--offline"]
         command += ["--ctx-size", self.context * self.slots, "--parallel", self.slots]
         # Where it has a card it puts as many layers there as fit, by itself.
-        command += llamacpp.threads() + llamacpp.options("llama-server")
+        command += llamacpp.options("llama-server")
         if self.adapter:
             command += ["--lora", self.adapter]
         if self.template is not None:
@@ -108,7 +108,7 @@ class LlamaServer:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(
-                    f"llama-server {llamacpp.how_it_ended(self._process.returncode)} "
+                    f"llama-server {_programs.how_it_ended(self._process.returncode)} "
                     f"instead of serving {self.model.name}. Its last words:\n{self.log()}"
                 )
             with contextlib.suppress(OSError, ConnectionError):  # not listening yet: 503
@@ -154,7 +154,7 @@ class LlamaServer:
             raise RuntimeError("the server is not running; use it in a `with` block")
         if (status := self._process.poll()) is not None:
             raise RuntimeError(
-                f"the server is not running; it {llamacpp.how_it_ended(status)}; use it "
+                f"the server is not running; it {_programs.how_it_ended(status)}; use it "
                 f"in a `with` block\n{self.log()}"
             )
         headers = {"Content-Type": "application/json"}
