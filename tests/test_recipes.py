@@ -9,12 +9,12 @@ import psutil
 import pytest
 import torch
 import yaml
-from helpers import chat, data, models, training
-from helpers.training import recipes
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, get_peft_config
 from trl.scripts.sft import make_parser
+
+from helpers import chat, data, models, training
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 SETTINGS = {
@@ -107,7 +107,7 @@ def stand_in(tmp_path, code, processes=1, use_cpu=True):
     launch = {"num_processes": processes, "use_cpu": use_cpu}
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(launch))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 3}))
-    return recipes.Recipe(folder, ["python", "-c", code])
+    return training.Recipe(folder, ["python", "-c", code])
 
 
 def still_asleep():
@@ -141,7 +141,7 @@ def test_a_run_that_fails_or_takes_too_long_is_quoted(tmp_path):
     recipe = stand_in(tmp_path, ENDED + "raise OSError('the disk is full')")
     with pytest.raises(RuntimeError, match="the disk is full"):
         training.run_recipe(recipe)
-    slow = recipes.Recipe(recipe.folder, ["python", "-c", "import time; time.sleep(99)"])
+    slow = training.Recipe(recipe.folder, ["python", "-c", "import time; time.sleep(99)"])
     with pytest.raises(TimeoutError, match="limit_s=1"):
         training.run_recipe(slow, limit_s=1)
     assert still_asleep() == []
@@ -292,9 +292,9 @@ def test_an_argument_that_is_no_text_is_refused(export, tmp_path):
     [
         ({"backend": "fsdp3"}, "backend must be one of"),
         ({"quantization": "q4"}, "quantization must be one of"),
-        ({"processes": 0}, "processes must be a whole number"),
+        ({"processes": 0}, "processes must be at least 1"),
         ({"processes": 2}, "backend='single' is one process"),
-        ({"backend": "ddp", "processes": 3}, "cannot share a batch of 4"),
+        ({"backend": "ddp", "processes": 3}, "cannot share per_device_train_batch_size=4"),
         ({"quantization": "nf4", "lora": None}, "needs lora"),
     ],
 )

@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 from datasets import Dataset
-from helpers import chat, data, models, runtime, training
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
+
+from helpers import chat, data, models, runtime, training
+from helpers.training import trainer as trainer_module
 
 
 @pytest.fixture
@@ -136,18 +138,18 @@ def test_many_scores_go_through_the_tiles_of_trl(tmp_path, prepared, rows, monke
     short = torch.full((8, 64), -100)
     short[:, -20:] = 5
     long = torch.full((8, 1024), 5)
-    assert not training.tiles_save_memory("cuda", short, 49_152)
-    assert training.tiles_save_memory("cuda", long, 49_152)
-    assert not training.tiles_save_memory("cpu", long, 49_152)
+    assert not trainer_module._tiles_save_memory("cuda", short, 49_152)
+    assert trainer_module._tiles_save_memory("cuda", long, 49_152)
+    assert not trainer_module._tiles_save_memory("cpu", long, 49_152)
     one_tile = torch.full((1, 4096), 5)
-    assert not training.tiles_save_memory("cuda", one_tile, 32_768)
-    assert training.tiles_save_memory("cuda", one_tile, 32_769)
+    assert not trainer_module._tiles_save_memory("cuda", one_tile, 32_768)
+    assert trainer_module._tiles_save_memory("cuda", one_tile, 32_769)
 
     trainer = lean(tmp_path, prepared, rows)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     ours = trainer.compute_loss(trainer.model, dict(batch))
     assert not trainer._metrics["train"]
-    monkeypatch.setattr(training, "tiles_save_memory", lambda *_: True)
+    monkeypatch.setattr(trainer_module, "_tiles_save_memory", lambda *_: True)
     theirs = trainer.compute_loss(trainer.model, dict(batch))
     assert trainer._metrics["train"]["entropy"], "TRL's own loss, metrics included"
     assert theirs.item() == pytest.approx(ours.item(), abs=1e-4)
@@ -192,7 +194,7 @@ def test_dequantized_once_changes_nothing_but_the_work(quantized):
     quantized.eval()
     with torch.no_grad():
         before = quantized(inputs).logits
-        with training.dequantized_once(quantized):
+        with models.dequantized_once(quantized):
             inside = quantized(inputs).logits
         after = quantized(inputs).logits
     assert torch.allclose(before, inside, atol=1e-4)
@@ -202,7 +204,7 @@ def test_dequantized_once_changes_nothing_but_the_work(quantized):
 def test_dequantized_once_ends_with_an_exception_too(quantized):
     layer = quantized.model.layers[0].self_attn.q_proj
     with pytest.raises(KeyError):
-        with training.dequantized_once(quantized):
+        with models.dequantized_once(quantized):
             assert "forward" in vars(layer)
             raise KeyError
     assert "forward" not in vars(layer)
@@ -376,8 +378,8 @@ def test_the_plain_loop_has_the_trainers_losses(tmp_path, prepared, kind, accumu
         chat.prepare_model(tiny(), prepared),
         batches,
         lr=1e-2,
-        accumulation=accumulation,
-        schedule="cosine",
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="cosine",
         warmup_steps=3,
     )
     theirs = losses(trainer)
@@ -394,7 +396,7 @@ def test_accumulation_and_a_larger_batch_give_the_same_update(tmp_path, prepared
     updates = []
     for given, accumulation in (([batches[0]], 1), (rows, 4)):
         model = tiny()
-        loss = training.simple_loop(model, given, lr=1e-3, accumulation=accumulation)
+        loss = training.simple_loop(model, given, lr=1e-3, gradient_accumulation_steps=accumulation)
         updates.append((loss[0], torch.cat([p.flatten() for p in model.parameters()])))
     (loss_one, one), (loss_four, four) = updates
     assert loss_one == pytest.approx(loss_four, abs=1e-5)

@@ -5,54 +5,80 @@ run at every out-of-memory error. This one looks before the run, on the longest 
 leaves everything as it was.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import gc
+import math
 import numbers
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import PreTrainedModel
+from trl import SFTTrainer
 
 from helpers import memory, runtime
+from helpers._checks import whole_number
+
+__all__ = ["find_max_batch_size", "measure_step"]
 
 
-def find_max_batch_size(trainer, start=None, *, memory_budget=None):
+def find_max_batch_size(
+    trainer: SFTTrainer, start: int | None = None, *, memory_budget: float | None = None
+) -> int:
     """The largest `per_device_train_batch_size` with which a run fits (Chapter 5).
 
     Each try is a real training step (`measure_step`) on the longest rows of the train set.
-    trainer: an SFTTrainer. start: the size to try first (default: what its arguments say).
-    memory_budget: bytes this run may take, its model included; default: on CUDA what the
-    card has left for it, on a CPU what is available to this process, where sizes that would
-    not fit by what smaller ones took are never tried.
-    Weights, gradients, optimizer, random states, arguments and metrics stay as they were.
+    The trainer stays as it was: weights, gradients, optimizer, random states, metrics.
 
-    Returns the size, at most the number of rows. Raises ValueError when not even one row
-    fits, saying what it takes and what to change, and for bad arguments.
+    Args:
+        trainer: the trainer of the run that is planned.
+        start: the size to try first; None: what the trainer's arguments say.
+        memory_budget: bytes this run may take, its model included. None: on CUDA what the
+            card has left for it; on a CPU what is available to this process, where sizes
+            that would not fit by what smaller ones took are never tried.
+
+    Returns:
+        The number of rows, at most as many as the train set has.
+
+    Raises:
+        ValueError: when not even one row fits, or an argument is out of range.
+        TypeError: when `start` is no whole number.
+
+    Example:
+        >>> find_max_batch_size(trainer, memory_budget=12e9)  # doctest: +SKIP
+        16
     """
+    model: Any = trainer.model
     rows = _longest_rows(trainer)
-    start = trainer.args.per_device_train_batch_size if start is None else start
-    _check_size("start", start)
-    if memory_budget is not None:
-        number = isinstance(memory_budget, numbers.Real) and memory_budget >= 1
-        if isinstance(memory_budget, bool) or not number:
-            raise ValueError(f"memory_budget must be a number of bytes, not {memory_budget!r}")
-    budget = memory_budget or _available(trainer.model)
-    peaks = {}  # measured ones only: what was merely expected is no ground to stand on
+    if start is None:
+        start = trainer.args.per_device_train_batch_size
+    whole_number("start", start)
+    if memory_budget is None:
+        memory_budget = _available(model)
+    elif not isinstance(memory_budget, numbers.Real) or not memory_budget > 1:
+        raise ValueError(f"memory_budget must be a number of bytes, not {memory_budget!r}")
+    budget, peaks = memory_budget, dict[int, float]()  # measured ones only
 
-    def fits(size):
+    def fits(size: int) -> bool:
         if size not in peaks:
             if _extrapolate(peaks, size) > budget:
                 return False
-            peaks[size] = _peak(trainer, rows, size)
+            peaks[size] = _peak(trainer, rows[:size])
         return peaks[size] <= budget
 
     with _untouched(trainer):
         if not fits(1):
             raise ValueError(
                 f"not even one row of {len(rows[0]['input_ids'])} tokens fits in "
-                f"{budget / 1e9:.2f} GB ({_said(peaks[1])}). Shorten max_length, switch "
-                "activation_checkpointing on, quantize the model, or train fewer parameters"
+                f"{budget / 1e9:.2f} GB (it takes {peaks[1] / 1e9:.2f} GB; inf: memory ran "
+                "out). Shorten max_length, switch activation_checkpointing on, quantize the "
+                "model, or train fewer parameters"
             )
         fits(min(2, len(rows)))  # two points make a line to look ahead on
         low, high = 1, min(max(2, start), len(rows))
@@ -67,40 +93,45 @@ def find_max_batch_size(trainer, start=None, *, memory_budget=None):
     return low
 
 
-def measure_step(trainer, batch_size=1):
+def measure_step(trainer: SFTTrainer, batch_size: int = 1) -> float:
     """Peak bytes of one training step on the longest rows of the train set (Chapter 5).
 
     What the run takes from its second step on: the model, the optimizer's states,
     activations and gradients, with the autocast, the activation checkpointing, the
     gradient scaler and the accumulation that its arguments ask for. Other models on the
-    card are not counted. trainer: an SFTTrainer, left as it was. batch_size: rows.
+    card are not counted.
 
-    Returns bytes; infinity when memory ran out. Raises ValueError when batch_size is no
-    whole number of at least 1 or the train set has fewer rows.
+    Args:
+        trainer: the trainer of the run that is planned; left as it was.
+        batch_size: rows.
+
+    Returns:
+        Bytes; infinity when memory ran out.
+
+    Raises:
+        ValueError: when the train set has fewer rows.
+        TypeError: when `batch_size` is no whole number.
+
+    Example:
+        >>> measure_step(trainer, batch_size=1) / 1e9  # doctest: +SKIP
+        0.69
     """
     rows = _longest_rows(trainer)
-    _check_size("batch_size", batch_size)
-    if batch_size > len(rows):
-        raise ValueError(f"batch_size={batch_size}, but trainer has {len(rows)} rows")
+    whole_number("batch_size", batch_size, most=len(rows))
     with _untouched(trainer):
-        return _peak(trainer, rows, batch_size)
+        return _peak(trainer, rows[:batch_size])
 
 
-def _check_size(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def _longest_rows(trainer):
+def _longest_rows(trainer: SFTTrainer) -> list[dict[str, Any]]:
     dataset = trainer.train_dataset
-    if dataset is None or len(dataset) == 0:
+    if not dataset:
         raise ValueError("trainer has no train_dataset to take rows from")
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return [dataset[index] for index in order[:4096]]
 
 
-def _available(model):
+def _available(model: PreTrainedModel) -> int:
     """Bytes a run of this model may take, the model itself included."""
     if model.device.type != "cuda":
         return runtime.available_memory_bytes()
@@ -109,7 +140,7 @@ def _available(model):
     return free + torch.cuda.memory_reserved(model.device) - _foreign(model)
 
 
-def _foreign(model):
+def _foreign(model: PreTrainedModel) -> int:
     """Bytes on the model's card that this process holds for something else."""
     if model.device.type != "cuda":
         return 0  # there `memory.measure` counts what the step uses, and nothing else
@@ -117,7 +148,7 @@ def _foreign(model):
     return max(0, torch.cuda.memory_allocated(model.device) - _own_bytes(model))
 
 
-def _own_bytes(model):
+def _own_bytes(model: PreTrainedModel) -> int:
     """Parameters and buffers, and the scales of 4-bit weights, which are neither."""
     states = (getattr(p, "quant_state", None) for p in model.parameters())
     tensors = (t for s in states if s is not None for t in s.as_dict().values())
@@ -125,44 +156,40 @@ def _own_bytes(model):
     return model.get_memory_footprint() + scales
 
 
-def _extrapolate(peaks, size):
+def _extrapolate(peaks: dict[int, float], size: int) -> float:
     """What `size` will take, on the line through the two nearest below; 0 if unknown."""
-    known = sorted((s, p) for s, p in peaks.items() if s < size and p != float("inf"))[-2:]
+    known = sorted((s, p) for s, p in peaks.items() if s < size and p < math.inf)[-2:]
     if len(known) < 2:
         return 0
     (s1, p1), (s2, p2) = known
     return p2 + (p2 - p1) * (size - s2) / (s2 - s1)
 
 
-def _peak(trainer, rows, size):
-    """Peak bytes of one training step with `size` rows; infinite when memory ran out."""
-    model = trainer.model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    kept = [p.detach().to("cpu", copy=True) for p in trained]
-    scaler = trainer.accelerator.scaler
-    trainer.accelerator.scaler = own_scaler = copy.deepcopy(scaler)
+def _peak(trainer: SFTTrainer, rows: list[dict[str, Any]]) -> float:
+    """Peak bytes of one training step with these rows; infinite when memory ran out."""
+    model: Any = trainer.model
     foreign = _foreign(model)
     try:
         with memory.measure(model.device) as measured:
-            _step(trainer, trained, rows[:size], own_scaler)
+            _step(trainer, rows)
         return measured.peak_bytes - foreign
     except (RuntimeError, MemoryError) as error:
-        if not _ran_out(error):
-            raise
-        return float("inf")
+        known = isinstance(error, MemoryError) or should_reduce_batch_size(error)
+        # The driver and bitsandbytes have words of their own.
+        if known or "out of memory" in str(error):
+            return math.inf
+        raise
     finally:
-        trainer.accelerator.scaler = scaler
         model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter, value in zip(trained, kept, strict=True):
-                parameter.copy_(value)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _step(trainer, trained, rows, scaler):
+def _step(trainer: SFTTrainer, rows: list[dict[str, Any]]) -> None:
     """One step of a run that has been going for a while."""
-    model, args = trainer.model, trainer.args
+    model: Any = trainer.model
+    args, scaler = trainer.args, trainer.accelerator.scaler
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
     optimizer = optimizer_class(trained, **settings)
     # From its second step on a run carries the optimizer's states through the forward pass,
@@ -179,33 +206,27 @@ def _step(trainer, trained, rows, scaler):
         optimizer.step()
     else:  # takes its scale out of the gradients first
         scaler.step(optimizer)
-
-
-def _ran_out(error):
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    # The driver and bitsandbytes have words of their own.
-    return known or should_reduce_batch_size(error) or "out of memory" in str(error)
+        scaler.update()
 
 
 @contextlib.contextmanager
-def _untouched(trainer):
-    """Prepare the model as `train()` does, and put back whatever that and the tries change:
-    modules, gradients, random states, metrics.
-    """
-    model = trainer.model
+def _untouched(trainer: SFTTrainer) -> Iterator[None]:
+    """Prepare the model as `train()` does, and put back whatever that and the tries change."""
+    model: Any = trainer.model
+    accelerator = trainer.accelerator
     modules = [(m, dict(vars(m)), m._forward_hooks.copy()) for m in model.modules()]
-    prepared = list(trainer.accelerator._models)
-    gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    prepared, scaler = list(accelerator._models), accelerator.scaler
+    accelerator.scaler = copy.deepcopy(scaler)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [p.detach().to("cpu", copy=True) for p in trained]
+    gradients = [(p, p.grad) for p in model.parameters()]
     model.zero_grad(set_to_none=True)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    names = [n for n in ("_metrics", "_total_train_tokens") if hasattr(trainer, n)]
-    noted = {name: copy.deepcopy(getattr(trainer, name)) for name in names}
-    unpacked = getattr(trainer, "weights_in_training", contextlib.nullcontext)
+    counters = {"_metrics", "_total_train_tokens"} & set(vars(trainer))
+    noted = copy.deepcopy({name: vars(trainer)[name] for name in counters})
+    states = random.getstate(), np.random.get_state()
+    unpacked = getattr(trainer, "_training_context", contextlib.nullcontext)
     try:
-        with unpacked():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), unpacked():
             _enable_checkpointing(trainer)
             yield
     finally:
@@ -214,28 +235,24 @@ def _untouched(trainer):
             vars(module).update(attributes)
             module._forward_hooks.clear()
             module._forward_hooks.update(hooks)
-        trainer.accelerator._models[:] = prepared
+        accelerator._models[:], accelerator.scaler = prepared, scaler
+        with torch.no_grad():
+            for parameter, weight in zip(trained, weights, strict=True):
+                parameter.copy_(weight)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        vars(trainer).update(noted)
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        for name, value in noted.items():
-            setattr(trainer, name, value)
 
 
-def _enable_checkpointing(trainer):
+def _enable_checkpointing(trainer: SFTTrainer) -> None:
     # As the first lines of transformers' `train()`: before them the model has none.
     if trainer.args.activation_checkpointing:
-        settings = dict(trainer.args.activation_checkpointing_kwargs or {})
-        trainer.model.activation_checkpointing_enable(
+        model: Any = trainer.model
+        settings: Any = dict(trainer.args.activation_checkpointing_kwargs or {})
+        model.activation_checkpointing_enable(
             every_n_layers=settings.pop("every_n_layers", 1),
             offload=settings.pop("offload", False),
             activation_checkpointing_kwargs=settings or None,
         )
-
-
-def _said(peak):
-    return "memory ran out" if peak == float("inf") else f"it takes {peak / 1e9:.2f} GB"

@@ -4,241 +4,283 @@ A notebook is for finding a recipe; several GPUs want a script and a file. TRL h
 script. This writes the files, from the very objects the notebook trained with.
 """
 
+from __future__ import annotations
+
 import contextlib
-import dataclasses
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
-BACKENDS = ("single", "ddp", "fsdp2", "deepspeed")
-# Decided by the machine or the folder, or of no use in a file.
-LEFT_OUT = {
-    "output_dir",
-    "run_name",
-    "logging_dir",
-    "hub_token",
-    "per_device_train_batch_size",
-    "gradient_checkpointing",  # the old name of activation_checkpointing
+from helpers._checks import one_of, whole_number
+from helpers._files import atomic_path
+from helpers._report import Shown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+__all__ = ["Recipe", "export_recipe", "run_recipe"]
+
+# What accelerate is told, by backend.
+_BACKENDS = json.loads(Path(__file__).with_name("backends.json").read_text(encoding="utf-8"))
+# Decided by the machine or the folder, or of no use in a file; and an old name.
+_LEFT_OUT = {"output_dir", "run_name", "logging_dir", "hub_token", "gradient_checkpointing"}
+_LEFT_OUT |= {"per_device_train_batch_size"}
+# LoraConfig's fields, as `trl sft` calls them; and what it notes about itself.
+_ADAPTER = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
 }
-# What a LoraConfig notes about itself; not a choice.
-NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"}
-NOTES |= {"base_model_name_or_path", "revision"}
+_NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"}
+_NOTES |= {"base_model_name_or_path", "revision"}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The folder that was written, and the command that runs it, as one types it."""
+@dataclass(frozen=True, repr=False)
+class Recipe(Shown):
+    """The folder that was written, and the command that runs it, as one types it.
+
+    Example:
+        >>> Recipe(Path("run"), ["python", "-m", "trl.scripts.sft"]).command[0]
+        'python'
+    """
 
     folder: Path
-    command: list
+    command: list[str]
     note: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
-        lines = [f"{self.folder}: {files}", " ".join(self.command)]
-        return "\n".join([*lines, self.note] if self.note else lines)
-
-    __repr__ = __str__
+        lines = [f"{self.folder}: {files}", " ".join(self.command), self.note]
+        return "\n".join(filter(None, lines))
 
 
 def export_recipe(
-    folder,
+    folder: str | Path,
     *,
-    model,
-    args,
-    dataset,
-    lora=None,
-    quantization=None,
-    dtype="float32",
-    tokenizer=None,
-    backend="single",
-    processes=1,
-):
-    """Write recipe.yaml, accelerate.yaml and the data; returns a `Recipe` (Chapter 5).
+    model: str | Path,
+    args: SFTConfig,
+    dataset: Dataset,
+    lora: LoraConfig | None = None,
+    quantization: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str = "single",
+    processes: int = 1,
+) -> Recipe:
+    """Write recipe.yaml, accelerate.yaml and the data (Chapter 5).
 
-    folder: made anew; refused when it exists. model: a Hub id or a folder. args: the
-    SFTConfig; what differs from its defaults is written. dataset: rows with 'prompt' and
-    'completion', or 'messages'. lora: a LoraConfig. quantization: None, 'int8', 'fp4',
-    'nf4' (double quantization). tokenizer: its chat template, EOS and padding token follow.
-    backend: 'single', 'ddp', 'fsdp2', 'deepspeed' (ZeRO 2). processes: how many; the
-    batch of `args` is divided among them, so that an update sees the same rows.
-    Raises ValueError for choices that contradict each other, for settings that the files
-    cannot say, and for more processes than this machine has GPUs (it writes for another
-    one when it shows none: CUDA_VISIBLE_DEVICES="").
+    Args:
+        folder: made anew; refused when it exists.
+        model: a Hub id or a folder.
+        args: what differs from SFTConfig's defaults is written.
+        dataset: rows with 'prompt' and 'completion', or 'messages'.
+        lora: the adapter, None: all weights are trained.
+        quantization: None, 'int8', 'fp4' or 'nf4' (with double quantization).
+        dtype: the dtype the model is loaded in.
+        tokenizer: its chat template, EOS and padding token are written too.
+        backend: 'single', 'ddp', 'fsdp2' or 'deepspeed' (ZeRO 2).
+        processes: how many; the batch of `args` is divided among them, so that an update
+            sees the same rows.
+
+    Returns:
+        The folder and the command.
+
+    Raises:
+        ValueError: for choices that contradict each other, settings that the files cannot
+            say, and more processes than this machine has GPUs (for another machine, write
+            with CUDA_VISIBLE_DEVICES="").
+        TypeError: when `processes` is no whole number.
+
+    Example:
+        >>> export_recipe(
+        ...     "recipe", model="facebook/opt-350m", args=SFTConfig("out", max_steps=9),
+        ...     dataset=rows, lora=LoraConfig(), backend="fsdp2", processes=2,
+        ... )  # doctest: +SKIP
+        recipe: accelerate.yaml, recipe.yaml, train.jsonl
+        python -m accelerate.commands.launch --config_file recipe/accelerate.yaml -m ...
     """
     folder = Path(folder)
     _check(folder, args, lora, quantization, backend, processes)
-    if cards := _visible_cards():
-        _check_cards(processes, args.use_cpu, cards)
+    dtype = str(dtype).removeprefix("torch.")
     recipe = {
         "model_name_or_path": str(model),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "datasets": [{"path": "json", "data_files": str(folder / "train.jsonl")}],
         "output_dir": str(folder / "trained"),
         "per_device_train_batch_size": args.per_device_train_batch_size // processes,
     }
     recipe |= _arguments(args) | _adapter(lora) | _quantization(quantization, dtype, backend)
+    template = None
     if tokenizer is not None:
         recipe |= {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
-        if tokenizer.chat_template:
+        if template := tokenizer.chat_template:
             recipe["chat_template_path"] = str(folder / "chat_template.jinja")
-    parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-    try:
+    with atomic_path(folder) as partial:
+        partial.mkdir()
         dataset.to_json(partial / "train.jsonl")
-        if "chat_template_path" in recipe:
-            (partial / "chat_template.jinja").write_text(tokenizer.chat_template, "utf-8")
-        _write(partial / "recipe.yaml", recipe)
-        _write(partial / "accelerate.yaml", _accelerate(backend, processes, args))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _recipe(folder, backend, processes)
+        if template:
+            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+        launch = _launch(backend, processes, args)
+        for name, content in (("recipe.yaml", recipe), ("accelerate.yaml", launch)):
+            text = yaml.safe_dump(content, sort_keys=False)
+            (partial / name).write_text(text, encoding="utf-8")
+    # By module: where scripts like `trl` lie differs, and on Colab not beside Python.
+    train = ["-m", "trl.scripts.sft", "--config", str(folder / "recipe.yaml")]
+    if backend == "single":
+        return Recipe(folder, ["python", *train])
+    config_file = ["--config_file", str(folder / "accelerate.yaml")]
+    note = "DeepSpeed has not been run by this course." if backend == "deepspeed" else ""
+    launcher = ["python", "-m", "accelerate.commands.launch", *config_file]
+    return Recipe(folder, [*launcher, *train], note)
 
 
-def run_recipe(recipe, *, threads=1, limit_s=1800, leave_s=60):
-    """Run a recipe's command; returns the losses it logged, a list of float (Chapter 5).
+def run_recipe(
+    recipe: Recipe, *, threads: int = 1, limit_s: float = 1800, leave_s: float = 60
+) -> list[float]:
+    """Run a recipe's command and wait for it (Chapter 5).
 
-    threads: CPU threads for each process. limit_s: after so many seconds it is stopped.
-    leave_s: its processes are stopped when training has ended and for so long nothing was
-    written. PyTorch 2.13's gloo can wait for itself for good while the interpreter shuts
-    down: its destructor holds the lock that its own thread needs.
-    Raises ValueError when its files want more GPUs than there are here, RuntimeError with
-    the end of the output if it fails, TimeoutError at the limit.
+    Args:
+        recipe: what `export_recipe` returned.
+        threads: CPU threads for each process.
+        limit_s: after so many seconds it is stopped.
+        leave_s: after training, its processes are stopped when nothing was written for so
+            many seconds. PyTorch 2.13's gloo can wait for itself for good at the end.
+
+    Returns:
+        The losses it logged.
+
+    Raises:
+        ValueError: when its files want more GPUs than there are here.
+        RuntimeError: when it fails, with the end of its output.
+        TimeoutError: at the limit.
+
+    Example:
+        >>> run_recipe(recipe, threads=2)  # doctest: +SKIP
+        [3.023, 2.256, 1.61]
     """
-    environment = _environment(recipe.folder) | {"OMP_NUM_THREADS": str(threads)}
     log = recipe.folder / "log.txt"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, *recipe.command[1:]],  # this Python, whatever `python` is
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    started = time.monotonic()
+    environment = _environment(recipe.folder) | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *recipe.command[1:]]  # this Python, whatever `python` is
     what = f"{' '.join(recipe.command)}, whose output is in {log},"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    deadline = time.monotonic() + limit_s
     try:
-        while (status := process.poll()) is None:
+        while (status := process.poll()) is None and not _is_left(recipe.folder, leave_s):
+            if time.monotonic() > deadline:
+                end = _text(log)[-1500:]
+                raise TimeoutError(f"{what} was stopped after limit_s={limit_s} s. Its end:\n{end}")
             time.sleep(0.2)
-            trained = "'train_runtime'" in _text_of(log)
-            if trained and time.time() - _last_written(recipe.folder) > leave_s:
-                break
-            if time.monotonic() - started > limit_s:
-                raise TimeoutError(
-                    f"{what} was stopped after limit_s={limit_s} seconds. Its end:\n"
-                    + _text_of(log)[-1500:]
-                )
     finally:
         _stop(process)
     if status:
-        raise RuntimeError(f"{what} failed. Its end:\n{_text_of(log)[-1500:]}")
-    return [float(loss) for loss in re.findall(r"'loss': '?([^',}]+)", _text_of(log))]
+        raise RuntimeError(f"{what} failed. Its end:\n{_text(log)[-1500:]}")
+    # `trl sft` leaves no trainer_state.json unless it saves checkpoints.
+    return [float(loss) for loss in re.findall(r"'loss': '?([^',}]+)", _text(log))]
 
 
-def _environment(folder):
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_left(folder: Path, seconds: float) -> bool:
+    """Whether training has ended and for so long nothing in the folder was written."""
+    last_written = max(path.stat().st_mtime for path in folder.rglob("*"))
+    ended = "'train_runtime'" in _text(folder / "log.txt")
+    return ended and time.time() - last_written > seconds
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End a process that may still run, and all that it started (in sessions of their own)."""
+    import psutil
+
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for each in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def _environment(folder: Path) -> dict[str, str]:
     """The variables of a run, after a look at what its files want of this machine."""
     # From the files, which a reader may have changed; each of them can say CPU.
     settings, launch = (
         yaml.safe_load((folder / name).read_text(encoding="utf-8"))
         for name in ("recipe.yaml", "accelerate.yaml")
     )
-    use_cpu = settings.get("use_cpu", False) or launch["use_cpu"]
-    _check_cards(launch["num_processes"], use_cpu, _visible_cards())
-    environment = dict(os.environ)
-    if launch["num_processes"] == 1 and _visible_cards() > 1:  # or TRL refuses nn.DataParallel
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-    return environment
+    processes, use_cpu = launch["num_processes"], settings.get("use_cpu") or launch["use_cpu"]
+    cards = torch.cuda.device_count()
+    _check_cards(processes, use_cpu, cards)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    # One process that sees several cards makes nn.DataParallel, which TRL refuses.
+    one_card = {"CUDA_VISIBLE_DEVICES": visible} if processes == 1 and cards > 1 else {}
+    return dict(os.environ) | one_card
 
 
-def _visible_cards():
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _check_cards(processes, use_cpu, cards):
+def _check_cards(processes: int, use_cpu: bool, cards: int) -> None:
     # NCCL stops two processes on one card, with words that do not say so.
     if processes > 1 and not use_cpu and processes > cards:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown} shows no more)"
         raise ValueError(
-            f"processes={processes} with use_cpu=False needs {processes} GPUs, and torch "
-            f"sees {cards}{why}; use SFTConfig(use_cpu=True), which runs them on the CPU, "
-            "fewer processes, or a machine with as many GPUs"
+            f"processes={processes} with use_cpu=False needs {processes} GPUs, and torch sees "
+            f"{cards}{why}; use fewer, or SFTConfig(use_cpu=True), or another machine"
         )
 
 
-def _stop(process):
-    """End a process that may still run, and all that it started."""
-    import psutil
-
-    if process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for each in (process, *family):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait()
-
-
-def _last_written(folder):
-    """When anything in a folder was last changed, in seconds since 1970."""
-    return max(path.stat().st_mtime for path in folder.rglob("*"))
-
-
-def _text_of(log):
-    return log.read_text(encoding="utf-8", errors="replace")
-
-
-def _check(folder, args, lora, quantization, backend, processes):
+def _check(
+    folder: Path, args: SFTConfig, lora: Any, quantization: str | None, backend: str, processes: int
+) -> None:
+    one_of("backend", backend, _BACKENDS)
+    one_of("quantization", quantization, (None, "int8", "fp4", "nf4"))
+    whole_number("processes", processes)
     if folder.exists():
         raise ValueError(f"folder={str(folder)!r} exists; choose a new one or remove it")
-    for name, value, choices in (
-        ("backend", backend, BACKENDS),
-        ("quantization", quantization, (None, "int8", "fp4", "nf4")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {choices}, not {value!r}")
-    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
-        raise ValueError(f"processes must be a whole number of at least 1, not {processes!r}")
     if backend == "single" and processes > 1:
         raise ValueError(f"backend='single' is one process, not {processes}; use 'ddp' or 'fsdp2'")
-    batch = args.per_device_train_batch_size
-    if batch % processes:
+    if args.per_device_train_batch_size % processes:
         raise ValueError(
-            f"processes={processes} cannot share a batch of {batch} rows equally; choose "
-            "a per_device_train_batch_size that divides"
+            f"processes={processes} cannot share per_device_train_batch_size="
+            f"{args.per_device_train_batch_size} equally; choose one that divides"
         )
     if quantization and lora is None:
-        raise ValueError(
-            f"quantization={quantization!r} needs lora: a quantized model cannot be "
-            "trained by itself"
-        )
+        raise ValueError(f"quantization={quantization!r} needs lora: only adapters can be trained")
     if quantization and args.fp16 and not args.use_cpu:
         raise ValueError(
             f"quantization={quantization!r} with fp16=True: `trl sft` makes the adapters "
-            "bfloat16, which fp16's gradient scaler does not take. Use bf16=True on a card "
-            "that has it, leave out the quantization, or train with LeanSFTTrainer"
+            "bfloat16, which the gradient scaler does not take; use bf16=True where a card "
+            "has it, or train with LeanSFTTrainer"
         )
+    if cards := torch.cuda.device_count():  # where there is none, it is for another machine
+        _check_cards(processes, args.use_cpu, cards)
 
 
-def _arguments(args):
+def _arguments(args: SFTConfig) -> dict[str, Any]:
     """The fields of an SFTConfig that differ from its defaults."""
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     found = {}
     for name, value in _changed(args):
-        if name in LEFT_OUT or value in ([], {}) or value == AcceleratorConfig():
+        if name in _LEFT_OUT or value in ([], {}) or value == AcceleratorConfig():
             continue
         if not isinstance(value, str | int | float | bool | None | list | dict):
             raise ValueError(f"args.{name}={value!r} cannot be written into a file")
@@ -246,108 +288,63 @@ def _arguments(args):
     return found
 
 
-def _changed(config):
+def _changed(config: SFTConfig | LoraConfig) -> Iterator[tuple[str, Any]]:
     """(name, value) of the fields of a dataclass that differ from their defaults."""
-    for field in dataclasses.fields(config):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+    for field in fields(config):
+        make = field.default_factory
+        default = field.default if make is MISSING else make()
         value = getattr(config, field.name)
-        value = value.value if isinstance(value, Enum) else value
-        default = default.value if isinstance(default, Enum) else default
-        if field.init and value != default:
-            yield field.name, value
+        plain, usual = (x.value if isinstance(x, Enum) else x for x in (value, default))
+        if field.init and plain != usual:
+            yield field.name, plain
 
 
-def _adapter(lora):
+def _adapter(lora: LoraConfig | None) -> dict[str, Any]:
     if lora is None:
         return {}
-    chosen = {
-        "use_peft": True,
-        "lora_r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "lora_target_modules": _targets(lora.target_modules),
-        "lora_modules_to_save": lora.modules_to_save and list(lora.modules_to_save),
-    }
-    said = NOTES | set(chosen) | {name.removeprefix("lora_") for name in chosen}
-    unsaid = [f"{name}={value!r}" for name, value in _changed(lora) if name not in said]
-    if unsaid:
+    said = _NOTES | set(_ADAPTER)
+    if unsaid := [f"{name}={value!r}" for name, value in _changed(lora) if name not in said]:
         raise ValueError(
             f"lora has {', '.join(unsaid)}, which `trl sft` has no setting for: the recipe "
             "would train another model. Leave it out, or train with a script of your own"
         )
-    return {name: value for name, value in chosen.items() if value is not None}
+    chosen = {theirs: getattr(lora, name) for name, theirs in _ADAPTER.items()}
+    chosen["lora_target_modules"] = _targets(lora.target_modules)
+    chosen["lora_modules_to_save"] = lora.modules_to_save and list(lora.modules_to_save)
+    return {"use_peft": True} | {n: value for n, value in chosen.items() if value is not None}
 
 
-def _targets(modules):
+def _targets(modules: Any) -> list[str] | None:
     if modules is None or isinstance(modules, str):
-        return modules and [modules]
+        return [modules] if modules else None
     # TRL takes a list of one for a pattern that must match a module's whole name.
     alone = [rf"(.*\.)?{re.escape(name)}" for name in modules]
     return alone if len(alone) == 1 else sorted(modules)
 
 
-def _quantization(quantization, dtype, backend):
-    if quantization is None:
-        return {}
-    if quantization == "int8":
-        return {"load_in_8bit": True}
-    chosen = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": quantization,
-        "use_bnb_nested_quant": True,
-    }
-    if backend == "fsdp2":  # shards are cut from tensors of one type
-        chosen["bnb_4bit_quant_storage"] = str(dtype).removeprefix("torch.")
-    return chosen
+def _quantization(quantization: str | None, dtype: str, backend: str) -> dict[str, Any]:
+    if quantization in (None, "int8"):
+        return {"load_in_8bit": True} if quantization else {}
+    chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": quantization}
+    # FSDP cuts its shards from tensors of one type.
+    storage = {"bnb_4bit_quant_storage": dtype} if backend == "fsdp2" else {}
+    return chosen | {"use_bnb_nested_quant": True} | storage
 
 
-def _accelerate(backend, processes, args):
-    kinds = {"single": "NO", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
-    kinds["ddp"] = "MULTI_CPU" if args.use_cpu else "MULTI_GPU"
+def _launch(backend: str, processes: int, args: SFTConfig) -> dict[str, Any]:
     config = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": kinds[backend],
+        "distributed_type": _BACKENDS[backend]["distributed_type"],
         "num_machines": 1,
         "num_processes": processes,
         "machine_rank": 0,
         "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         "use_cpu": bool(args.use_cpu),
     }
-    if backend == "fsdp2":
-        config["fsdp_config"] = {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": True,
-            "fsdp_state_dict_type": "FULL_STATE_DICT",
-            "fsdp_cpu_ram_efficient_loading": False,
-            "fsdp_activation_checkpointing": False,
-        }
+    config |= _BACKENDS[backend]
+    if backend == "ddp" and args.use_cpu:
+        config["distributed_type"] = "MULTI_CPU"
     if backend == "deepspeed":
-        config["deepspeed_config"] = {
-            "zero_stage": 2,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "offload_optimizer_device": "none",
-            "offload_param_device": "none",
-            "zero3_init_flag": False,
-        }
+        accumulation = {"gradient_accumulation_steps": args.gradient_accumulation_steps}
+        config["deepspeed_config"] = config["deepspeed_config"] | accumulation
     return config
-
-
-def _recipe(folder, backend, processes):
-    recipe = str(folder / "recipe.yaml")
-    # By module: where scripts like `trl` lie differs, and on Colab not beside Python.
-    train = ["-m", "trl.scripts.sft", "--config", recipe]
-    if backend == "single":
-        return Recipe(folder, ["python", *train])
-    launch = ["-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(folder / "accelerate.yaml")]
-    note = "DeepSpeed has not been run by this course." if backend == "deepspeed" else ""
-    return Recipe(folder, ["python", *launch, *train], note)
-
-
-def _write(path, content):
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
