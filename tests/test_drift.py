@@ -19,7 +19,7 @@ from helpers import (
     training,
 )
 from helpers.course import notebooks, widgets
-from helpers.memory import _step as memory_step
+from helpers.memory import _step
 
 import deprecations
 import drift
@@ -291,8 +291,8 @@ def typical(examples, folder):
     merged.save_pretrained(folder / "merged")
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, vocab_size=64)
-    recipe = memory_step.Recipe(lora=LoraConfig(r=2), kernels="cpu", dtype=torch.float32)
-    memory_step.build(config, recipe)
+    choices = _step.Choices(lora=LoraConfig(r=2), kernels="cpu", dtype=torch.float32)
+    _step.build(config, choices)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="written for the CPU's settings")

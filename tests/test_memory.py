@@ -13,27 +13,22 @@ import warnings
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
+
 from helpers import memory
 from helpers.memory import (
-    _kernels as memory_profiles,
+    _cli,
+    _kernels,
+    _losses,
+    _quantized,
+    _step,
+    _trace,
+    cards,
+    configs,
+    formulas,
 )
-from helpers.memory import (
-    _step as memory_step,
-)
-from helpers.memory import (
-    _trace as memory_trace,
-)
-from helpers.memory import (
-    cards as memory_cards,
-)
-from helpers.memory import (
-    configs as memory_configs,
-)
-from helpers.memory import (
-    formulas as memory_formulas,
-)
-from helpers.memory._trace import CachingAllocator, Ledger, rounded
-from torch.nn import functional as F
+from helpers.memory._allocator import CachingAllocator, rounded
+from helpers.memory._trace import Ledger
 
 MIB = 2**20
 SMALL = dict(num_hidden_layers=3, num_attention_heads=4, vocab_size=128)
@@ -58,40 +53,40 @@ TINY = {
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
 
 
-def real_peak(config, recipe, steps=2):
+def real_peak(config, run, steps=2):
     """Peak live bytes of a real model, real adapters, a real optimizer, written as anyone
     would write the loop.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=recipe.dtype, attn_implementation=recipe.attention
+            config, dtype=run.dtype, attn_implementation=run.attention
         )
-        if recipe.lora:
+        if run.lora:
             import peft
 
             targets = "all-linear" if config.model_type == "phi3" else None  # PEFT knows the others
-            lora = peft.LoraConfig(r=recipe.lora, target_modules=targets)
+            lora = peft.LoraConfig(r=run.lora, target_modules=targets)
             model = peft.get_peft_model(model, lora)
-            if recipe.gradient_checkpointing:
+            if run.gradient_checkpointing:
                 model.enable_input_require_grads()
-        if recipe.gradient_checkpointing:
+        if run.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    if recipe.mixed_precision:  # as the trainer does it: accelerate's own wrapping
+    if run.mixed_precision:  # as the trainer does it: accelerate's own wrapping
         model = accelerated(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     kinds = {"adamw_torch": {"foreach": True}, "adamw_torch_fused": {"fused": True}}
-    optimizer = torch.optim.AdamW(trained, **kinds[recipe.optimizer])
-    shape = (recipe.batch_size, recipe.sequence_length)
+    optimizer = torch.optim.AdamW(trained, **kinds[run.optimizer])
+    shape = (run.batch_size, run.sequence_length)
     ids, labels = torch.ones(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
     mask = torch.ones(shape, dtype=torch.long)
     ledger = Ledger()
     for tensor in [*model.parameters(), *model.buffers(), ids, labels, mask]:
-        ledger.adopt(tensor, "held")
+        ledger.register(tensor, "held")
     with ledger:
         for _ in range(steps):
-            for _ in range(1 + recipe.gradient_accumulation):
+            for _ in range(1 + run.gradient_accumulation):
                 model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -116,9 +111,9 @@ def accelerated(model):
             state.update(content)
 
 
-def cpu_recipe(**choices):
+def cpu_choices(**choices):
     defaults = dict(batch_size=2, sequence_length=24, loss="logits", kernels="cpu")
-    return memory_step.Recipe(**defaults | choices)
+    return _step.Choices(**defaults | choices)
 
 
 GRID = list(
@@ -135,26 +130,26 @@ def test_fake_equals_real_to_the_byte(kind, attention, part):
         on = checkpointing + (lora is not None) + (dtype == torch.bfloat16) + accumulation
         if on % 2 != part:
             continue
-        recipe = cpu_recipe(
+        run = cpu_choices(
             gradient_checkpointing=checkpointing, lora=lora, dtype=dtype,
             gradient_accumulation=accumulation, attention=attention,
         )  # fmt: skip
-        real = real_peak(TINY[kind], recipe)
-        full = memory_step.trace(TINY[kind], recipe).peak()[0]
-        assert full == real, recipe
+        real = real_peak(TINY[kind], run)
+        full = _step.trace(TINY[kind], run).peak()[0]
+        assert full == real, run
 
 
 @pytest.mark.parametrize("lora", [None, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lora):
-    recipe = cpu_recipe(
+    run = cpu_choices(
         dtype=torch.float32, mixed_precision=torch.bfloat16, lora=lora,
         gradient_checkpointing=checkpointing, attention="eager",
     )  # fmt: skip
-    real = real_peak(TINY[kind], recipe)
-    assert memory_step.trace(TINY[kind], recipe).peak()[0] == real
-    plain = cpu_recipe(
+    real = real_peak(TINY[kind], run)
+    assert _step.trace(TINY[kind], run).peak()[0] == real
+    plain = cpu_choices(
         dtype=torch.float32, lora=lora,
         gradient_checkpointing=checkpointing, attention="eager",
     )  # fmt: skip
@@ -163,37 +158,50 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TINY)
-def test_a_stretched_short_trace_equals_the_full_one(kind, checkpointing):
+def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
-    config = memory_step.config_with(TINY[kind], 7)
+    layers = 8
+    config = _step.config_with(TINY[kind], layers)
     for lora, quantization, kernels in [
         (None, None, "cpu"),
         (4, "nf4", "cuda"),
         (4, "int8", "cuda"),
     ]:
-        recipe = cpu_recipe(
+        run = cpu_choices(
             gradient_checkpointing=checkpointing, lora=lora, quantization=quantization,
             kernels=kernels, gradient_accumulation=checkpointing,
         )  # fmt: skip
-        full = memory_step.trace(config, recipe)
-        short = memory_step.trace(config, recipe, layers=memory_step.SHORT)
+        full = _step.trace(config, run)
+        short = _step.trace(_step.config_with(config, _trace.SHORT), run).extrapolate(layers)
         assert sorted(e[1:] for e in short.events) == sorted(e[1:] for e in full.events)
-        if (
-            quantization != "int8"
-        ):  # whose inputs die with the graph, in any order, when all is over
+        # int8's inputs die with the graph, in any order, when all is over
+        if quantization != "int8":
             assert [e[1:] for e in short.events] == [e[1:] for e in full.events]
-        assert short.on_card()[1] == full.on_card()[1]  # same blocks, hence the same reserved bytes
+        # same blocks, hence the same reserved bytes
+        assert short.with_allocator()[1] == full.with_allocator()[1]
         assert short.peak() == full.peak()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["current", "book"])
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "opt-350m", "openai-community/gpt2"])
+def test_a_real_models_prediction_equals_its_full_trace(name, stack):
+    config = memory.load_config(name)
+    for lora, quantization in [(None, None), (16, None), (16, "nf4"), (16, "int8")]:
+        choices = dict(lora=lora, quantization=quantization, attention="eager", stack=stack)
+        found = memory.estimate_training(name, **choices, gradient_checkpointing=lora is None)
+        full, reserved = _step.trace(config, found.choices).with_allocator()
+        assert len(full.marks) == len(found.trace.marks)
+        assert (found.peak_bytes, found.parts, found.peak_instant) == full.peak()[:3]
+        assert found.reserved_bytes == reserved
 
 
 def test_foreach_optimizer_needs_one_more_copy_and_equals_the_real_one():
     for optimizer in ("adamw_torch", "adamw_torch_fused"):
         # a batch so small that the optimizer step is the peak
-        recipe = cpu_recipe(
-            optimizer=optimizer, dtype=torch.float32, batch_size=1, sequence_length=2
-        )
-        predicted, _, instant, _ = memory_step.trace(TINY["llama"], recipe).peak()
-        assert predicted == real_peak(TINY["llama"], recipe)
+        run = cpu_choices(optimizer=optimizer, dtype=torch.float32, batch_size=1, sequence_length=2)
+        predicted, _, instant, _ = _step.trace(TINY["llama"], run).peak()
+        assert predicted == real_peak(TINY["llama"], run)
         assert instant == ("optimizer" if optimizer == "adamw_torch" else "backward")
 
 
@@ -201,17 +209,19 @@ def test_irregular_layers_are_traced_in_full():
     smol = transformers.SmolLM3Config(
         **GROUPED | {"num_hidden_layers": 5}, no_rope_layer_interval=4, **ENDS
     )
-    assert memory._irregular(smol, None)
-    assert not memory._irregular(TINY["llama"], None)
-    recipe = cpu_recipe(dtype=torch.float32)
-    assert memory_step.trace(smol, recipe).peak()[0] == real_peak(smol, recipe)
-    # two kinds of layers side by side: the short trace notices and gives way to a full one
+    assert _step._irregular(smol, None)
+    assert not _step._irregular(TINY["llama"], None)
+    run = cpu_choices(dtype=torch.float32)
+    assert _step.trace(smol, run).peak()[0] == real_peak(smol, run)
+    # two kinds of layers side by side: a short trace notices by itself
     gemma = transformers.Gemma2Config(
         **GROUPED | {"num_hidden_layers": 6}, head_dim=8, sliding_window=8, **ENDS
     )
-    recipe = cpu_recipe(attention="eager", dtype=torch.float32)
-    short = memory_step.trace(gemma, recipe, layers=4)
-    assert short.peak()[0] == memory_step.trace(gemma, recipe).peak()[0] == real_peak(gemma, recipe)
+    run = cpu_choices(attention="eager", dtype=torch.float32)
+    assert _step.trace(_step.config_with(gemma, _trace.SHORT), run).extrapolate(6) is None
+    assert _step.trace(gemma, run).peak()[0] == real_peak(gemma, run)
+    whole = memory.estimate_training(gemma, attention="eager", dtype="float32").trace
+    assert sum(("forward", i) in (name for _, name in whole.marks) for i in range(9)) == 6
 
 
 # ------------------------------------------------------------------ bitsandbytes
@@ -245,8 +255,8 @@ def real_buffers(kind, double, rows=96, columns=160):
 )
 def test_quantized_storage_equals_bitsandbytes(kind, double):
     real = sorted(t.untyped_storage().nbytes() for t in real_buffers(kind, double))
-    assert sorted(memory_profiles.quantized_sizes(96, 160, kind, double).values()) == real
-    surrogate = memory_profiles.QuantizedLinear(
+    assert sorted(_quantized.quantized_sizes(96, 160, kind, double).values()) == real
+    surrogate = _quantized.FakeQuantizedLinear(
         torch.nn.Linear(160, 96, bias=False), kind, double, torch.float32, "current"
     )
     tensors = [*surrogate.parameters(), *surrogate.buffers()]
@@ -255,7 +265,7 @@ def test_quantized_storage_equals_bitsandbytes(kind, double):
 
 def test_bits_per_weight_of_a_large_matrix():
     def bits(double):
-        sizes = memory_profiles.quantized_sizes(4096, 4096, "nf4", double).values()
+        sizes = _quantized.quantized_sizes(4096, 4096, "nf4", double).values()
         return 8 * sum(sizes) / 4096**2
 
     assert bits(False) == pytest.approx(4.500030, abs=6e-7)
@@ -274,7 +284,7 @@ def test_what_a_quantized_layer_keeps_for_backward_equals_bitsandbytes(kind):
         x = torch.randn(8, 160, requires_grad=True)
         ledger = Ledger()
         for tensor in [x, *layer.parameters(), *layer.buffers(), *real_state(layer)]:
-            ledger.adopt(tensor, "held")
+            ledger.register(tensor, "held")
         with ledger:
             y = layer(x)
             after_forward = ledger.current
@@ -303,7 +313,7 @@ def test_what_a_quantized_layer_keeps_for_backward_equals_bitsandbytes(kind):
         compress_statistics=True,
         compute_dtype=torch.float32,
     ).to("cpu")
-    fake = memory_profiles.QuantizedLinear(
+    fake = _quantized.FakeQuantizedLinear(
         torch.nn.Linear(160, 96, bias=False), kind, True, torch.float32, "current"
     )
     assert kept(fake) == kept(real)
@@ -311,12 +321,12 @@ def test_what_a_quantized_layer_keeps_for_backward_equals_bitsandbytes(kind):
 
 def test_int8_on_cuda_keeps_its_input_and_the_book_version_a_quantized_copy_too():
     def kept(stack):
-        layer = memory_profiles.QuantizedLinear(
+        layer = _quantized.FakeQuantizedLinear(
             torch.nn.Linear(160, 96, bias=False), "int8", False, torch.float16, stack
         )
         x = torch.zeros(64, 160, dtype=torch.float16, requires_grad=True)
         ledger = Ledger(unit=1)
-        ledger.adopt(x, "held")
+        ledger.register(x, "held")
         with ledger:
             y = layer(x * 1)  # an input nobody else keeps
         return ledger.current - x.nbytes - y.nbytes
@@ -340,14 +350,16 @@ def test_8bit_optimizer_states_equal_bitsandbytes():
         for t in entry.values()
         if isinstance(t, torch.Tensor)
     }
-    sizes, temporaries = memory_profiles.optimizer_bytes(
-        "adamw_8bit", [(p.numel(), 4) for p in parameters]
-    )
-    assert sorted(sizes) == sorted(state.values()) and not temporaries
-    paged = memory_profiles.optimizer_bytes(
-        "paged_adamw_8bit", [(p.numel(), 4) for p in parameters]
-    )[0]
-    assert sum(sizes) - sum(paged) == 2 * 512 * 512  # only the large matrix leaves the card
+
+    def states(name):
+        found = [_quantized.optimizer_bytes(name, p.numel(), 4) for p in parameters]
+        assert not any(temporary for _, temporary in found)
+        return [size for sizes, _ in found for size in sizes]
+
+    ours = states("adamw_8bit") + _quantized.CODE_BOOKS
+    assert sorted(ours) == sorted(state.values())
+    # only the large matrix leaves the card
+    assert sum(ours) - sum(states("paged_adamw_8bit") + _quantized.CODE_BOOKS) == 2 * 512 * 512
 
 
 # --------------------------------------------------------- published GPU measurements
@@ -356,11 +368,11 @@ def traced_calls(module, *inputs, calls=3):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     ledger = Ledger()
-    with FakeTensorMode(), memory_profiles.CudaKernels():
+    with FakeTensorMode(), _kernels.CudaKernels():
         module = module()
         tensors = [make() for make in inputs]
         for tensor in [*tensors, *module.parameters()]:
-            ledger.adopt(tensor, "held")
+            ledger.register(tensor, "held")
         upstream = None
         with ledger:
             for _ in range(calls):
@@ -369,7 +381,7 @@ def traced_calls(module, *inputs, calls=3):
                     upstream = torch.empty_like(tensors[0])
                 y.backward(upstream, retain_graph=upstream is not None)
                 del y
-    return ledger, memory_trace.Trace(ledger.events, []).on_card()[0].peak()[0]
+    return ledger, _trace.Trace(ledger.events, []).with_allocator()[0].peak()[0]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +434,7 @@ def test_published_head_and_cross_entropy(tokens, mib):
         lambda: torch.empty(tokens, width, dtype=torch.bfloat16, requires_grad=True),
         lambda: torch.empty(tokens, dtype=torch.long),
     )
-    peak += 2 * memory_cards.cublas_workspace(memory_cards.AMPERE)
+    peak += 2 * cards.cublas_workspace(cards.AMPERE)
     assert peak / MIB == pytest.approx(mib, rel=5e-4)
 
 
@@ -451,7 +463,7 @@ def test_accelerate_arithmetic_is_accelerates():
     config = memory.load_config("facebook/opt-350m")
     for dtype in ("float32", "float16"):
         theirs = max(estimate_training_usage(4 * 331_196_416, dtype).values())
-        rules = memory_formulas.rules_in_use(config, {"dtype": dtype})
+        rules = formulas._rules_in_use(config, {"dtype": dtype})
         assert rules["accelerate estimate-memory"] == theirs
 
 
@@ -465,7 +477,7 @@ def test_trl_fused_head_keeps_what_trl_keeps(monkeypatch):
     monkeypatch.setattr(trl_head, "_forward_tile", lambda *a, **k: None)
     monkeypatch.setattr(trl_head, "_backward_tile", lambda *a, **k: None)
     monkeypatch.setattr(trl_head, "_addmm_fp32", lambda *a, **k: None)
-    ours, theirs = memory_profiles._FusedHead, trl_head.ChunkedLogProbFunction
+    ours, theirs = _losses.FusedHead, trl_head.ChunkedLogProbFunction
 
     def kept_and_peaks(function, dtype, trained):
         hidden = torch.zeros(300, 64, dtype=dtype, requires_grad=True)
@@ -473,7 +485,7 @@ def test_trl_fused_head_keeps_what_trl_keeps(monkeypatch):
         targets = torch.zeros(300, dtype=torch.long)
         ledger = Ledger(unit=1)
         for tensor in (hidden, weight, targets):
-            ledger.adopt(tensor, "held")
+            ledger.register(tensor, "held")
         with ledger:
             out = function.apply(*_arguments(function, hidden, weight, targets, dtype))
             kept, forward = ledger.current, ledger.peak
@@ -489,7 +501,7 @@ def test_trl_fused_head_keeps_what_trl_keeps(monkeypatch):
 
 
 def _arguments(function, hidden, weight, targets, dtype):
-    if function is memory_profiles._FusedHead:
+    if function is _losses.FusedHead:
         return hidden, weight, None, targets, dtype
     return (
         hidden,
@@ -505,7 +517,7 @@ def _arguments(function, hidden, weight, targets, dtype):
 
 
 def test_dropout_keeps_one_byte_per_element_as_on_cuda():
-    with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
+    with _kernels.CudaKernels(), Ledger(unit=1) as ledger:
         x = torch.zeros(1000, requires_grad=True)
         y = F.dropout(x, 0.1, True)
     assert ledger.current == 4000 + 4000 + 1000
@@ -517,7 +529,7 @@ def test_attention_kernels_and_masks():
         q, k, v = (
             torch.zeros(1, n, 128, 64, dtype=dtype, requires_grad=True) for n in (4, heads, heads)
         )
-        with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
+        with _kernels.CudaKernels(), Ledger(unit=1) as ledger:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != 4
             )
@@ -533,7 +545,7 @@ def test_attention_kernels_and_masks():
     # fewer key heads without grouped attention (Falcon): the plain formula, scores and all
     q = torch.zeros(1, 4, 128, 64, requires_grad=True)
     k = torch.zeros(1, 1, 128, 64, requires_grad=True)
-    with memory_profiles.CudaKernels(), Ledger(unit=1) as ledger:
+    with _kernels.CudaKernels(), Ledger(unit=1) as ledger:
         out = F.scaled_dot_product_attention(q, k, k, is_causal=True)
     assert out.shape == q.shape and ledger.current > 4 * 128 * 128 * 4
 
@@ -608,12 +620,12 @@ def peak(model=None, **choices):
 
 
 def activations(**choices):
-    recipe = memory_step.Recipe(
+    run = _step.Choices(
         **dict(gradient_checkpointing=False, dtype=torch.float32, loss="logits", kernels="cpu")
         | choices
     )
     config = choices.pop("config", TINY["llama"])
-    events = memory_step.trace(config, recipe)
+    events = _step.trace(config, run)
     forward = dict((name, at) for at, name in events.marks)
     return sum(size for _, size, _ in events.events[forward["forward"] : forward["loss"]])
 
@@ -636,7 +648,7 @@ def test_activations_grow_with_tokens_and_scores_with_their_square():
 
 def test_layers_add_the_same_each_and_checkpointing_keeps_one_vector_per_token():
     def at(layers, **choices):
-        config = memory_step.config_with(TINY["llama"], layers)
+        config = _step.config_with(TINY["llama"], layers)
         return memory.estimate_training(
             config, dtype="float32", sequence_length=256, lora=4, **choices
         ).instants["loss"]
@@ -655,9 +667,9 @@ def test_every_saving_saves_on_a_ladder():
     """
     model, shared = "meta-llama/Llama-3.2-3B", dict(batch_size=2, sequence_length=4096)
     config = memory.load_config(model)
-    full_logits = memory_step.Recipe(loss="logits", gradient_checkpointing=False, **shared)
+    full_logits = _step.Choices(loss="logits", gradient_checkpointing=False, **shared)
     ladder = [
-        memory_step.step_log(config, full_logits, layers=4)[0].peak()[0],
+        _step.step_log(config, full_logits)[0].peak()[0],
         peak(model, **shared, gradient_checkpointing=False),
         peak(model, **shared),
         peak(model, **shared, optimizer="adamw_8bit"),
@@ -668,7 +680,7 @@ def test_every_saving_saves_on_a_ladder():
     foreach = peak(model, **shared, optimizer="adamw_torch")
     assert foreach > ladder[2]
     qlora = peak(model, **shared, lora=16, quantization="nf4")
-    plain4 = peak(model, **shared, lora=16, quantization="nf4", double_quantization=False)
+    plain4 = peak(model, **shared, lora=16, quantization="nf4", double_quant=False)
     assert qlora < plain4 < peak(model, **shared, lora=16)
 
 
@@ -677,13 +689,13 @@ def test_longest_context_grows_with_the_card():
     model = "SmolLM2-135M-Instruct"
     choices = dict(quantization="nf4", lora=32, attention="flash_attention_2", stack="book")
     found = [
-        memory.find_largest(model, size, **choices).recipe.sequence_length
+        memory.find_largest(model, size, **choices).choices.sequence_length
         for size in ("2GiB", "3GiB")
     ]
     assert found[0] < found[1]
     longest = choices | {"sequence_length": found[0]}
     assert memory.estimate_training(model, **longest).fits("2GiB")
-    longest["sequence_length"] += 64 * (2 + found[0] // 64 // 16)
+    longest["sequence_length"] += 64
     assert not memory.estimate_training(model, **longest).fits("2GiB")
     with pytest.raises(ValueError, match="not even sequence_length=64"):
         memory.find_largest(model, "300MB", **choices)
@@ -742,13 +754,13 @@ def test_sizes(size, bytes_):
     assert memory.parse_size(size) == bytes_
 
 
-def test_catalogue_has_the_published_number_of_parameters():
-    for name, entry in memory_configs._catalog().items():
+def test_catalog_has_the_published_number_of_parameters():
+    for name, entry in configs._entries().items():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(memory.load_config(name))
         assert sum(p.numel() for p in model.parameters()) == entry["parameters"], name
         assert entry["source"]
-    assert len(memory.catalogue()) == len(memory_configs._catalog()) > 25
+    assert len(memory.catalog()) == len(configs._entries()) > 25
 
 
 def test_models_by_config_name_path_and_dict(tmp_path):
@@ -788,8 +800,8 @@ def test_lora_config_objects():
         (dict(mixed_precision="fp8"), "bf16"),
         (dict(stack="old"), "current"),
         (dict(batch_size=0), "batch_size"),
-        (dict(sequence_length=1.5), "sequence_length"),
-        (dict(lora=-1), "rank of at least 1"),
+        (dict(sequence_length=-3), "sequence_length"),
+        (dict(lora=-1), "lora, a rank, must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(choices, message):
@@ -800,11 +812,13 @@ def test_wrong_arguments_are_named(choices, message):
 def test_wrong_types_are_named():
     with pytest.raises(TypeError, match="lora"):
         peak(lora="16")
+    with pytest.raises(TypeError, match="sequence_length must be a whole number"):
+        peak(sequence_length=1.5)
     with pytest.raises(TypeError, match="model must be"):
         memory.estimate_training(3)
     with pytest.raises(ValueError, match="2048 positions"):
         peak("opt-350m", sequence_length=4096)
-    with pytest.raises(ValueError, match=r"not in the catalogue.*Llama"):
+    with pytest.raises(ValueError, match=r"not in the catalog.*Llama"):
         memory.load_config("llama-3.1-9b")
 
 
@@ -856,7 +870,7 @@ def global_state():
         torch.is_autocast_enabled("cpu"),
         list(warnings.filters),
         transformers.utils.logging.get_verbosity(),
-        memory_step.logging.root.manager.disable,
+        _step.logging.root.manager.disable,
     )
 
 
@@ -915,7 +929,7 @@ def test_measure_and_estimate_agree_on_a_real_step():
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    predicted = memory_step.trace(config, cpu_recipe(**choices)).peak()[0]
+    predicted = _step.trace(config, cpu_choices(**choices)).peak()[0]
     assert predicted == pytest.approx(
         measured.peak_bytes, rel=0.01
     )  # one rounds to 512, one does not
@@ -941,8 +955,8 @@ def test_napkin_is_the_chapters_arithmetic():
 
 def plan(text):
     parser = argparse.ArgumentParser()
-    memory.add_arguments(parser)
-    return memory.main(parser.parse_args(text.split()))
+    _cli.add_arguments(parser)
+    return _cli.main(parser.parse_args(text.split()))
 
 
 def test_plan_on_the_command_line(capsys):
@@ -965,7 +979,7 @@ def test_plan_on_the_command_line(capsys):
 
 def test_a_second_prediction_reuses_the_first(monkeypatch):
     memory.estimate_training(TINY["qwen3"], sequence_length=40)
-    monkeypatch.setattr(memory_step, "trace", lambda *a, **k: pytest.fail("traced again"))
+    monkeypatch.setattr(_step, "trace", lambda *a, **k: pytest.fail("traced again"))
     memory.estimate_training(TINY["qwen3"], sequence_length=40)
 
 

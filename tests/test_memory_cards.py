@@ -8,19 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import memory
-from helpers.memory import (
-    _kernels as memory_profiles,
-)
-from helpers.memory import (
-    _step as memory_step,
-)
-from helpers.memory import (
-    cards as memory_cards,
-)
-from helpers.memory._trace import Ledger
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+
+from helpers import memory
+from helpers.memory import _kernels, _step, cards, estimate
+from helpers.memory._trace import Ledger
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import ladder
@@ -64,7 +57,7 @@ LOOSE = {
 def test_every_card_parses_by_the_name_torch_gives_it():
     assert set(DEVICE_NAMES.values()) == set(memory.GPUS)
     for written, name in (DEVICE_NAMES | LOOSE | {n: n for n in memory.GPUS}).items():
-        assert memory.cards.find_card(written).name == name, written
+        assert cards.find_card(written).name == name, written
         assert memory.parse_size(written) == memory.GPUS[name]
 
 
@@ -97,14 +90,14 @@ def test_memory_is_what_torch_reports_not_what_the_box_says():
 def test_the_card_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="gpu='T4'"):
-        memory.cards.of_this_machine()
+        cards.of_this_machine()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     found = types.SimpleNamespace(name="NVIDIA Z1", total_memory=7, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    card = memory.cards.of_this_machine()
+    card = cards.of_this_machine()
     monkeypatch.undo()  # libraries that are imported from here on believe it
-    assert card == memory.cards.Card("NVIDIA Z1", 7, (9, 0))
+    assert card == cards.Card("NVIDIA Z1", 7, (9, 0))
     assert memory.parse_size(card) == 7
     estimate = memory.estimate_training(GROUPED, lora=4, gpu=card)
     assert estimate.parts["workspace"] == 64 * MIB and estimate.verdict(card) == "no"
@@ -113,14 +106,14 @@ def test_the_card_of_this_machine(monkeypatch):
 
 # ------------------------------------------------------------------ what a card decides
 def test_sixteen_bits_and_workspaces_follow_the_capability():
-    halves = {c.name: memory_cards.half_dtype(c.capability) for c in cards()}
+    halves = {c.name: cards.half_dtype(c.capability) for c in every_card()}
     assert [name for name, dtype in halves.items() if dtype == "float16"] == ["T4"]
-    wide = [c.name for c in cards() if memory_cards.cublas_workspace(c.capability) > 9e6]
+    wide = [c.name for c in every_card() if cards.cublas_workspace(c.capability) > 9e6]
     assert wide == ["RTX 5090", "H100 80GB", "H200", "B200"]
 
 
-def cards():
-    return memory_cards.CARDS.values()
+def every_card():
+    return cards.CARDS.values()
 
 
 def test_hopper_and_blackwell_take_50_mb_more():
@@ -139,13 +132,13 @@ def test_hopper_and_blackwell_take_50_mb_more():
     for capability, size, fits in [
         ((9, 0), need, True), ((9, 0), need - 1, False), ((8, 6), need - WORKSPACES, True),
     ]:  # fmt: skip
-        assert ampere.fits(memory.cards.Card("a", size, capability)) == fits
+        assert ampere.fits(cards.Card("a", size, capability)) == fits
 
 
 def kernel(capability, dtype, mask=None, heads=4):
     """'flash', 'efficient' or 'math', by what the stand-in keeps for backward."""
     q, k = (torch.zeros(1, n, 128, 64, dtype=dtype, requires_grad=True) for n in (4, heads))
-    mode = memory_profiles.CudaKernels(capability=capability)
+    mode = _kernels.CudaKernels(capability=capability)
     with mode, Ledger(unit=1) as ledger:
         out = F.scaled_dot_product_attention(
             q, k, k, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != 4
@@ -179,10 +172,10 @@ def test_the_kernel_pytorch_takes(capability, dtype, heads, masked, expected):
 
 def test_a_t4_is_a_t4():
     found = memory.find_largest(gpu="T4", **LLAMA_8B)
-    length = found.recipe.sequence_length
+    length = found.choices.sequence_length
     assert 3_500 <= length <= 5_000, length
     assert found.fits("T4") and "fits: T4" in str(found)
-    assert found.recipe.dtype == torch.float16
+    assert found.choices.dtype == torch.float16
     longer = memory.estimate_training(**LLAMA_8B, gpu="T4", sequence_length=length + 64)
     assert not longer.fits("T4")
     # asked of a prediction that was made for Ampere, a T4 still answers for itself
@@ -228,7 +221,7 @@ def test_what_a_t4_cannot_do_is_refused_by_name(choices, message):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_padded_batch_equals_a_real_one_to_the_byte(attention, checkpointing):
-    recipe = memory_step.Recipe(
+    run = _step.Choices(
         dtype=torch.float32, batch_size=2, sequence_length=40, attention=attention,
         gradient_checkpointing=checkpointing, loss="logits", kernels="cpu", padded=True,
     )  # fmt: skip
@@ -242,14 +235,14 @@ def test_a_padded_batch_equals_a_real_one_to_the_byte(attention, checkpointing):
     mask[0, -1] = 0
     ledger = Ledger()
     for tensor in [*model.parameters(), *model.buffers(), ids, labels, mask]:
-        ledger.adopt(tensor, "held")
+        ledger.register(tensor, "held")
     with ledger:
         for _ in range(2):
             kept = dict(attention_mask=mask, labels=labels, use_cache=False)
             model(input_ids=ids, **kept).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert memory_step.trace(GROUPED, recipe).peak()[0] == ledger.peak
+    assert _step.trace(GROUPED, run).peak()[0] == ledger.peak
 
 
 def test_padding_costs_a_mask_and_repeated_heads():
@@ -275,12 +268,12 @@ def test_padding_is_refused_where_it_is_not_known(choices):
 # ------------------------------------------------------------------ the rest of the face
 @pytest.mark.parametrize(("vary", "unit"), [("sequence_length", 64), ("batch_size", 1)])
 def test_the_search_ends_where_one_unit_more_does_not_fit(monkeypatch, vary, unit):
-    def estimate(model, *, gpu, **choices):
+    def imagined(model, *, gpu, **choices):
         return types.SimpleNamespace(
             fits=lambda gpu: choices[vary] <= limit * unit, peak_bytes=1, **choices
         )
 
-    monkeypatch.setattr(memory, "estimate_training", estimate)
+    monkeypatch.setattr(estimate, "estimate_training", imagined)
     most = 1024 if unit == 1 else 131_072 // 64
     for limit in [*range(1, 300), most - 1, most, most + 7]:
         found = memory.find_largest("Llama-3.1-8B", "T4", vary=vary)
@@ -354,12 +347,12 @@ def test_what_kernels_take_is_what_an_h100_measured():
     report = json.loads((RESULTS / H100).read_text(encoding="utf-8"))
     took = {x["what"]: x["backward"] for x in report["lines"] if x["kind"] == "scratch"}
     hopper = (9, 0)
-    assert memory_profiles._column_sums(4096, 4096, hopper) == 2**27
+    assert _kernels.column_sums(4096, 4096, hopper) == 2**27
     assert took["linear with bias"] == 2**27 + 512
     with FakeTensorMode():
         scores = torch.empty(4, 16, 512, 512, dtype=torch.bfloat16)
         softmax = torch.ops.aten._softmax_backward_data.default
-        assert memory_profiles.scratch(softmax, (scores, scores)) == took["softmax"]
+        assert _kernels.scratch(softmax, (scores, scores)) == took["softmax"]
     # Flash and cuDNN: float32 dQ, and dK and dV for each query head where heads are shared.
     for rows, length, heads, shared, width in (
         (4, 1024, 16, 16, 64),
@@ -377,7 +370,7 @@ def ours_beside_gradients(rows, length, heads, shared, width):
             torch.empty(rows, count, length, width, dtype=torch.bfloat16, requires_grad=True)
             for count in (heads, shared, shared)
         )
-        out = memory_profiles.cuda_attention(q, k, v, causal=True, gqa=heads != shared)
+        out = _kernels.cuda_attention(q, k, v, is_causal=True, enable_gqa=heads != shared)
         grad = torch.empty_like(out)
         with Ledger() as ledger:
             found = torch.autograd.grad(out, (q, k, v), grad)
@@ -386,11 +379,11 @@ def ours_beside_gradients(rows, length, heads, shared, width):
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 5), (8, 7), (9, 0), (10, 3), (12, 1)])
 def test_every_generation_has_a_number_of_processors(capability):
-    count, threads = memory_cards.processors(capability)
+    count, threads = cards.processors(capability)
     assert count >= 40 and threads in (1024, 1536, 2048)
 
 
 def test_few_rows_need_no_buffer():
-    assert memory_profiles._column_sums(500, 4096, (9, 0)) == 0
-    assert memory_profiles._column_sums(4096, 4095, (9, 0)) > 0  # one column at a time
-    assert memory_profiles._column_sums(4096, 1, (9, 0)) >= 0
+    assert _kernels.column_sums(500, 4096, (9, 0)) == 0
+    assert _kernels.column_sums(4096, 4095, (9, 0)) > 0  # one column at a time
+    assert _kernels.column_sums(4096, 1, (9, 0)) >= 0

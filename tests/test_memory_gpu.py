@@ -10,7 +10,9 @@ import itertools
 import pytest
 import torch
 import transformers
+
 from helpers import memory
+from helpers.memory import cards
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +87,7 @@ def test_predicted_against_measured(attention, checkpointing, lora, quantization
         quantization=quantization, batch_size=4, sequence_length=1024,
     )  # fmt: skip
     config = transformers.LlamaConfig(**CONFIG)
-    card = memory.cards.of_this_machine()
+    card = cards.of_this_machine()
     predicted = memory.estimate_training(config, gpu=card, **choices)
     measured = measured_step(config, choices)
     error = predicted.peak_bytes / measured.peak_bytes - 1

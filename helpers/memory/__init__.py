@@ -1,34 +1,24 @@
 """Know before you rent: predict the peak memory of a run, or measure it (Chapter 5)."""
 
-from helpers.memory import cards
-from helpers.memory.configs import catalogue, load_config
-from helpers.memory.estimate import (
-    add_arguments,
-    compare_formulas,
-    estimate_training,
-    find_largest,
-    for_card,
-    main,
-)
-from helpers.memory.formulas import NAPKIN_LEAVES_OUT, book_cells, napkin
+from helpers.memory.cards import GPUS, Card, parse_size
+from helpers.memory.configs import catalog, load_config
+from helpers.memory.estimate import estimate_training, find_largest
+from helpers.memory.formulas import NAPKIN_LEAVES_OUT, book_cells, compare_formulas, napkin
 from helpers.memory.measurement import Measurement, measure
-from helpers.memory.report import GPUS, MemoryEstimate, parse_size
+from helpers.memory.report import MemoryEstimate
 
 __all__ = [
     "GPUS",
     "NAPKIN_LEAVES_OUT",
+    "Card",
     "Measurement",
     "MemoryEstimate",
-    "add_arguments",
     "book_cells",
-    "cards",
-    "catalogue",
+    "catalog",
     "compare_formulas",
     "estimate_training",
     "find_largest",
-    "for_card",
     "load_config",
-    "main",
     "measure",
     "napkin",
     "parse_size",

@@ -1,79 +1,82 @@
 """The cards people rent or own, and what a card's generation decides (Chapter 5).
 
-One table: memory as torch reports it, and the compute capability, from which the rest
-follows: the 16-bit type, the attention kernels PyTorch has there, cuBLAS's workspace. Read
+One table, cards.csv: the memory that torch reports, and the compute capability, from which the
+rest follows: the 16-bit type, the attention kernels PyTorch has there, cuBLAS's workspace. Read
 beside: PyTorch's aten/native/transformers/cuda/sdp_utils.cpp and
 aten/cuda/CublasHandlePool.cpp.
+
+`mib` is `torch.cuda.get_device_properties(0).total_memory`, less than the box says: the driver
+keeps some, and error correction more (the RTX 6000 Ada is without it; with it 45,500). Every
+figure was printed by torch on such a card and published (issues, training logs); of several the
+newest or smallest, because newer drivers keep more: older ones left a T4 15,102 and an A100
+81,251. `processors` and the `threads` each holds at once stand at one card of each capability.
 """
 
+from __future__ import annotations
+
+import csv
 import re
 from dataclasses import dataclass
+from importlib import resources
 
+Capability = tuple[int, int]  # (major, minor)
 AMPERE = (8, 0)  # the compute capability assumed where no card is named
 
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card.
+    """A graphics card; make your own for one that is not in the table.
 
-    memory: bytes, torch's `total_memory`. capability: (major, minor). Make your own for a
-    card that is not in the table, or ask `of_this_machine()`.
+    Args:
+        name: what reports call it.
+        memory: bytes, torch's `total_memory`.
+        capability: (major, minor).
+
+    Example:
+        >>> Card("my card", 12 * 2**30, (8, 6)).capability
+        (8, 6)
     """
 
     name: str
     memory: int
-    capability: tuple
+    capability: Capability
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.name
 
 
-# MiB of `torch.cuda.get_device_properties(0).total_memory`, less than the box says: the
-# driver keeps some, and error correction more. Every figure was printed by torch on such a
-# card and published (issues, training logs); of several the newest or smallest, because
-# newer drivers keep more: older ones left a T4 15,102 and an A100 81,251.
-_TABLE = [
-    ("T4", 14_913, (7, 5)),
-    ("RTX 3060", 11_931, (8, 6)),
-    ("L4", 22_563, (8, 9)),
-    ("A10G", 22_587, (8, 6)),
-    ("RTX 3090", 24_124, (8, 6)),
-    ("RTX 4090", 24_081, (8, 9)),
-    ("RTX 5090", 32_102, (12, 0)),
-    ("A40", 45_416, (8, 6)),
-    ("L40S", 45_495, (8, 9)),
-    ("RTX 6000 Ada", 48_520, (8, 9)),  # without error correction; with it 45,500
-    ("A100 40GB", 40_441, (8, 0)),
-    ("A100 80GB", 81_153, (8, 0)),
-    ("H100 80GB", 81_008, (9, 0)),
-    ("H200", 143_156, (9, 0)),
-    ("B200", 182_631, (10, 0)),
-]
-CARDS = {name: Card(name, mib * 2**20, cc) for name, mib, cc in _TABLE}
-
-# (multiprocessors, threads each holds at once) of one card of each capability: T4, A100,
-# RTX 3090, RTX 4090, H100, B200, RTX 5090. Its relatives may have half as many or more.
-_PROCESSORS = {
-    (7, 5): (40, 1024), (8, 0): (108, 2048), (8, 6): (82, 1536), (8, 9): (128, 1536),
-    (9, 0): (132, 2048), (10, 0): (148, 2048), (12, 0): (170, 1536),
-}  # fmt: skip
+CARDS: dict[str, Card] = {}
+_PROCESSORS: dict[Capability, tuple[int, int]] = {}
+_TABLE = resources.files("helpers.memory").joinpath("cards.csv").read_text("utf-8")
+for _row in csv.DictReader(_TABLE.splitlines()):
+    _major, _minor = map(int, _row["capability"].split("."))
+    CARDS[_row["name"]] = Card(_row["name"], int(_row["mib"]) * 2**20, (_major, _minor))
+    if _row["processors"]:
+        _PROCESSORS[_major, _minor] = int(_row["processors"]), int(_row["threads"])
+GPUS = {name: card.memory for name, card in CARDS.items()}
 
 # What `torch.cuda.get_device_name()` adds to a name without changing which card it is.
 _DECORATION = {"nvidia", "tesla", "geforce", "generation", "pcie"}
 
 
-def _key(name):
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    words = [w for w in words if w not in _DECORATION]
+def _key(name: str) -> str:
+    words = [w for w in re.split(r"[^a-z0-9]+", name.lower()) if w not in _DECORATION]
     key = "".join(w for w in words if not re.fullmatch(r"sxm\d?|hbm\d?e?", w))
     return re.sub(r"gi?b$", "", key).removeprefix("rtx")
 
 
-def find_card(gpu):
+def find_card(gpu: object) -> Card | None:
     """The Card that `gpu` names, or None (Chapter 5).
 
-    gpu: a Card or a name, loosely ('4090', 'h100', 'NVIDIA A100-SXM4-80GB'). Raises
-    ValueError when the name fits several cards ('A100').
+    Args:
+        gpu: a Card or a name, loosely ('4090', 'h100', 'NVIDIA A100-SXM4-80GB').
+
+    Raises:
+        ValueError: the name fits several cards ('A100').
+
+    Example:
+        >>> print(find_card("NVIDIA GeForce RTX 4090"))
+        RTX 4090
     """
     if isinstance(gpu, Card):
         return gpu
@@ -83,45 +86,80 @@ def find_card(gpu):
     keys = {_key(card.name): card for card in CARDS.values()}
     found = [card for key, card in keys.items() if wanted == key]
     if not found:  # without its size: 'H100' is one card, 'A100' is two
-        sized = [(key[:4], card) for key, card in keys.items() if key[4:].isdigit()]
-        found = [card for family, card in sized if wanted == family]
+        found = [c for key, c in keys.items() if key[4:].isdigit() and wanted == key[:4]]
     if len(found) > 1:
         raise ValueError(f"gpu={gpu!r} may be {' or '.join(map(str, found))}: say which")
     return found[0] if found else None
 
 
-def of_this_machine(device=None):
+def parse_size(gpu: Card | str | float) -> int:
+    """Bytes of a card or of a size (Chapter 5).
+
+    Args:
+        gpu: a Card, its name as `find_card` takes it, '16GiB', '24GB', or a number of bytes.
+
+    Raises:
+        ValueError: a name in no table, or of two cards.
+        TypeError: another type.
+
+    Example:
+        >>> parse_size("16 GiB") == 16 * 2**30
+        True
+    """
+    if card := find_card(gpu):
+        return card.memory
+    if isinstance(gpu, bool) or not isinstance(gpu, int | float | str):
+        raise TypeError(f"gpu must be a card's name, a size like '16GiB', or bytes, not {gpu!r}")
+    if not isinstance(gpu, str):
+        return int(gpu)
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", gpu.lower())
+    if not found or not found[1].strip("."):
+        raise ValueError(
+            f"gpu={gpu!r} is neither a size like '16GiB' nor one of {', '.join(CARDS)}; for "
+            "the card in this machine pass memory.cards.of_this_machine()"
+        )
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+
+
+def of_this_machine(device: object = None) -> Card:
     """The Card in this machine, with its own name, memory and capability (Chapter 5).
 
-    device: as torch takes it; None is the current one. Raises RuntimeError without CUDA.
+    Args:
+        device: as torch takes it; None: the current one.
+
+    Raises:
+        RuntimeError: without CUDA.
+
+    Example:
+        >>> memory.find_largest("phi-3-mini", of_this_machine(), lora=8)  # doctest: +SKIP
     """
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA card in this machine; name one, as in gpu='T4'")
-    found = torch.cuda.get_device_properties(
-        torch.cuda.current_device() if device is None else device
-    )
+    chosen: int = torch.cuda.current_device() if device is None else device  # type: ignore[assignment]
+    found = torch.cuda.get_device_properties(chosen)
     return Card(found.name, found.total_memory, (found.major, found.minor))
 
 
-def half_dtype(capability):
+# ------------------------------------------------------------------ what a capability decides
+def half_dtype(capability: Capability) -> str:
     """The 16-bit type cards of this capability compute in: 'bfloat16' from 8.0 on."""
     return "bfloat16" if capability >= AMPERE else "float16"
 
 
-def processors(capability):
-    """(multiprocessors, threads each holds at once) of one card of this capability."""
+def processors(capability: Capability) -> tuple[int, int]:
+    """(multiprocessors, threads each holds at once) of one card; its relatives may differ."""
     known = [one for one in _PROCESSORS if one <= capability] or [min(_PROCESSORS)]
     return _PROCESSORS[max(known)]
 
 
-def attention_kernels(capability, dtype):
+def attention_kernels(capability: Capability, dtype: str) -> tuple[str, ...]:
     """PyTorch's SDPA kernels for queries of `dtype` ('float16', …), in order of preference.
 
     Flash attention needs 8.0 and 16 bits; below 8.0 the memory-efficient kernel takes no
-    bfloat16. cuDNN's, which PyTorch prefers on 9.x and 10.x, is counted as flash (on an
-    H100 it took 1 to 2 % more while it ran), and with a mask as the efficient kernel.
+    bfloat16. cuDNN's, which PyTorch prefers on 9.x and 10.x, is counted as flash (on an H100 it
+    took 1 to 2 % more while it ran), and with a mask as the efficient kernel.
     """
     modern = capability >= AMPERE
     kernels = ["flash"] if modern and dtype != "float32" else []
@@ -130,9 +168,9 @@ def attention_kernels(capability, dtype):
     return (*kernels, "math")
 
 
-def cublas_workspace(capability):
-    """Bytes of one cuBLAS workspace, without CUBLAS_WORKSPACE_CONFIG in the environment.
+def cublas_workspace(capability: Capability) -> int:
+    """Bytes of one cuBLAS workspace: measured on an H100 (9.0), the others from the source.
 
-    Measured on an H100 (9.0); the others from the source.
+    CUBLAS_WORKSPACE_CONFIG in the environment would change it.
     """
     return 32 * 2**20 if capability[0] in (9, 10, 12) else 8_519_680

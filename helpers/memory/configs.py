@@ -1,31 +1,40 @@
 """The configs the predictor knows without a network, and how to find others (Chapter 5)."""
 
-import copy
+from __future__ import annotations
+
+import difflib
 import functools
 import json
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers import models
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PretrainedConfig
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the embedded model comes from
 
 
 @functools.cache
-def _catalog():
+def _entries() -> dict[str, dict[str, Any]]:
     text = resources.files("helpers.memory").joinpath("catalog.json").read_text("utf-8")
     return json.loads(text)
 
 
-def catalogue():
-    """The models whose configs ship with the course, as a table.
+def catalog() -> pd.DataFrame:
+    """The models whose configs ship with the course: layers, width, and the numbers' source.
 
-    Name, layers, width, where the numbers are from.
+    Example:
+        >>> int(catalog().layers["meta-llama/Llama-3.1-8B"])
+        32
     """
     import pandas as pd
 
     rows = []
-    for name, entry in _catalog().items():
+    for name, entry in _entries().items():
         config = load_config(name)
         shape = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         rows.append((name, config.model_type, *shape, entry["source"]))
@@ -33,53 +42,54 @@ def catalogue():
     return pd.DataFrame(rows, columns=columns).set_index("model")
 
 
-def load_config(model):
-    """A transformers config from a config, a dict, a catalogue name, a path, or a Hub id.
+def load_config(model: Any) -> PretrainedConfig:
+    """A transformers config, without a network where the catalog has it (Chapter 5).
 
-    Raises ValueError when the name is none of these, or the Hub cannot be reached, with the
-    nearest known names.
+    Args:
+        model: a config, a model, a dict, a name of `catalog()`, a path, or a Hub id.
+
+    Raises:
+        ValueError: no such config here or on the Hub; the nearest known names are told.
+        TypeError: another type.
+
+    Example:
+        >>> load_config("Llama-3.1-8B").hidden_size
+        4096
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    if isinstance(model, PretrainedConfig):
-        return model
-    if hasattr(model, "config") and isinstance(model.config, PretrainedConfig):
-        return model.config
+    for config in (model, getattr(model, "config", None)):
+        if isinstance(config, PretrainedConfig):
+            return config
     if isinstance(model, dict):
         return AutoConfig.for_model(**model)
     if not isinstance(model, str | Path):
-        raise TypeError(
-            f"model must be a config, a name, a path or a Hub id, not {type(model).__name__}"
-        )
+        kind = type(model).__name__
+        raise TypeError(f"model must be a config, a name, a path or a Hub id, not {kind}")
     if model in models.CATALOG:  # the course's short names
         model = models.CATALOG[model][0] or EMBEDDED_ID
+    names = {name.split("/")[-1].lower(): name for name in _entries()}
     wanted = str(model).lower()
-    for name, entry in _catalog().items():
-        if wanted in (name.lower(), name.split("/")[-1].lower()):
-            return AutoConfig.for_model(**copy.deepcopy(entry["config"]))
+    found = names.get(wanted) or next((n for n in names.values() if n.lower() == wanted), None)
+    if found:
+        return AutoConfig.for_model(**json.loads(json.dumps(_entries()[found]["config"])))
     path = Path(model)
     if path.suffix == ".json" and path.is_file():
         return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
     try:
-        return AutoConfig.from_pretrained(model, local_files_only=not _hub_answers(model))
+        return AutoConfig.from_pretrained(model, local_files_only=not _hub_answers(str(model)))
     except (OSError, ValueError) as error:
-        import difflib
-
-        names = {name.split("/")[-1].lower(): name for name in _catalog()}
         close = difflib.get_close_matches(wanted.split("/")[-1], names, 3, 0.3)
-        hint = ", ".join(names[name] for name in close) or ", ".join(list(_catalog())[:6])
         raise ValueError(
-            f"model={str(model)!r} is not in the catalogue, and no config was found at "
-            "that path or on the Hub; "
-            f"known names like it: {hint} (memory.catalogue() lists all)"
+            f"model={str(model)!r} is not in the catalog, and no config was found at that path "
+            f"or on the Hub; known names like it: "
+            f"{', '.join(names[name] for name in close or list(names)[:6])} "
+            "(memory.catalog() lists all)"
         ) from error
 
 
-def _hub_answers(name):
-    """Whether asking the Hub makes sense.
-
-    A Hub id has a slash, and a dead network costs half a minute.
-    """
+def _hub_answers(name: str) -> bool:
+    """Whether asking makes sense: a Hub id has a slash, a dead network costs half a minute."""
     from helpers import runtime
 
-    return "/" in str(name) and not runtime.detect().offline
+    return "/" in name and not runtime.detect().offline

@@ -1,62 +1,86 @@
 """Measure what a block of code really took (Chapter 5)."""
 
+from __future__ import annotations
+
 import gc
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+from helpers._report import Shown
 
 
-class Measurement:
-    """What a block of code took at its peak.
+@dataclass(repr=False)
+class Measurement(Shown):
+    """What a block of code took at its peak; `memory.measure` makes it.
 
-    `peak_bytes`, `before_bytes` of it that were there when the block began, and on CUDA
-    `reserved_bytes` and `driver_bytes` apart.
+    Args:
+        device: 'cuda' or 'cpu'.
+        peak_bytes: at the block's peak.
+        before_bytes: of them, what was there when the block began.
+        reserved_bytes: on CUDA, what the allocator held; else None.
+        driver_bytes: on CUDA, what the driver says is in use; else None.
+
+    Example:
+        >>> Measurement("cpu", peak_bytes=4_000_000)
+        peak 4.0 MB of tensors on cpu
     """
 
-    def __init__(self, device):
-        self.device, self.peak_bytes, self.before_bytes = device, 0, 0
-        self.reserved_bytes = self.driver_bytes = None
+    device: str
+    peak_bytes: int = 0
+    before_bytes: int = 0
+    reserved_bytes: int | None = None
+    driver_bytes: int | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"peak {self.peak_bytes / 1e6:,.1f} MB of tensors on {self.device}"
         if self.before_bytes:
             text += f", {self.before_bytes / 1e6:,.1f} MB of them from before"
-        if self.reserved_bytes is None:
-            return text
-        return (
-            f"{text}, {self.reserved_bytes / 1e6:,.1f} MB reserved by the allocator, "
-            f"{self.driver_bytes / 1e6:,.1f} MB in use according to the driver"
-        )
+        if self.reserved_bytes is not None and self.driver_bytes is not None:
+            text += f", {self.reserved_bytes / 1e6:,.1f} MB reserved by the allocator"
+            text += f", {self.driver_bytes / 1e6:,.1f} MB in use according to the driver"
+        return text
 
 
 @contextmanager
-def measure(device=None):
+def measure(device: str | None = None) -> Iterator[Measurement]:
     """Measure the peak memory of the block (Chapter 5).
 
-    `with memory.measure() as m: ...`, then `m.peak_bytes`, and `m.before_bytes`: what of it
-    was there before the block.
+    On CUDA: the allocator's `max_memory_allocated` after emptying its cache, with reserved and
+    driver figures apart; `before_bytes` is all it had handed out, other models of the notebook
+    too. On the CPU: the bytes of every tensor the block makes or uses, exactly, by following each
+    operator; `before_bytes` is what it used and had not made, so a model that lies about unused
+    is in neither figure. Tensors of other devices and NumPy arrays do not count.
 
-    On CUDA: the allocator's `max_memory_allocated` after emptying its cache, with reserved
-    and driver figures apart; before_bytes is all it had handed out, other models of the
-    notebook too. On the CPU: the bytes of every tensor the block makes or uses, exactly, by
-    following each operator; before_bytes is what it used and had not made, so a model that
-    lies about unused is in neither figure. Tensors of other devices and NumPy arrays do not
-    count. device: 'cuda' or 'cpu'; None takes CUDA where there is a card.
+    Args:
+        device: 'cuda' or 'cpu'; None: CUDA where there is a card.
+
+    Returns:
+        A context manager of the Measurement, which is filled in when the block ends.
+
+    Example:
+        >>> import torch
+        >>> with measure("cpu") as used:
+        ...     _ = torch.zeros(1000)
+        >>> used.peak_bytes
+        4000
     """
     import torch
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    result = Measurement(device.type)
-    if device.type == "cuda":
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    result = Measurement(chosen.type)
+    if chosen.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        result.before_bytes = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(chosen)
+        result.before_bytes = torch.cuda.memory_allocated(chosen)
         try:
             yield result
         finally:
-            torch.cuda.synchronize(device)
-            result.peak_bytes = torch.cuda.max_memory_allocated(device)
-            result.reserved_bytes = torch.cuda.max_memory_reserved(device)
-            free, total = torch.cuda.mem_get_info(device)
+            torch.cuda.synchronize(chosen)
+            result.peak_bytes = torch.cuda.max_memory_allocated(chosen)
+            result.reserved_bytes = torch.cuda.max_memory_reserved(chosen)
+            free, total = torch.cuda.mem_get_info(chosen)
             result.driver_bytes = total - free
         return
     from helpers.memory._trace import Ledger

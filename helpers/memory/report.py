@@ -1,231 +1,206 @@
-"""What a prediction says.
+"""What a prediction says: numbers, a table, two pictures, and which cards it fits (Chapter 5)."""
 
-Numbers, a table, two pictures, and which cards it fits (Chapter 5).
-"""
+from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from helpers.memory.cards import CARDS, cublas_workspace, find_card, half_dtype
+from helpers import _report
+from helpers.memory.cards import (
+    AMPERE,
+    CARDS,
+    Card,
+    cublas_workspace,
+    find_card,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from helpers.memory._step import Choices
+    from helpers.memory._trace import Trace
 
 GIB = 2**30
 PHASES = ("forward", "loss", "backward", "optimizer")
-GPUS = {name: card.memory for name, card in CARDS.items()}
-OTHER_KERNELS = "other kernels (ask with --gpu, or gpu=)"
-CONTEXT = (
-    0.25e9,
-    0.5e9,
-)  # the CUDA context on recent stacks, outside every allocator counter
+_WHEN = {"forward": "in the forward pass", "backward": "in the backward pass"}
+_OTHER_KERNELS = "other kernels (ask with --gpu, or gpu=)"
+_SIGNS = {"fits": "✓ fits", "tight": "≈ tight", "no": "✗ no"}
+_CONTEXT = (0.25e9, 0.5e9)  # of CUDA on recent stacks, outside every allocator counter
+_COLORS = {
+    "weights": "gray", "adapters": "blue", "gradients": "orange", "optimizer": "purple",
+    "activations": "sky", "logits": "green", "temporaries": "red", "workspace": "yellow",
+}  # fmt: skip
 
 
-def parse_size(gpu):
-    """Bytes from a number, a text like '16GiB' or '24GB', a Card, or a card's name
-    (Chapter 5).
+@dataclass(frozen=True, repr=False)
+class MemoryEstimate(_report.Shown):
+    """A predicted training step: how many bytes at the peak, when, and what they are (Chapter 5).
 
-    A name may be loose ('4090', 'NVIDIA A100-SXM4-80GB'). Raises ValueError for names that
-    are in no table or fit two cards, TypeError for other types.
-    """
-    if card := find_card(gpu):
-        return card.memory
-    if isinstance(gpu, bool) or not isinstance(gpu, int | float | str):
-        raise TypeError(f"gpu must be a card's name, a size like '16GiB', or bytes, not {gpu!r}")
-    if not isinstance(gpu, str):
-        return int(gpu)
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", gpu.lower())
-    if not found or not found[1].strip("."):
-        raise ValueError(
-            f"gpu={gpu!r} is neither a size like '16GiB' nor one of {', '.join(GPUS)}; for "
-            "the card in this machine pass memory.cards.of_this_machine()"
-        )
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " kmgt".index(found[2] or " "))
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """A predicted training step.
-
-    How many bytes at the peak, when, and what they are (Chapter 5).
-
-    peak_bytes: what `max_memory_allocated` would say. parts: {category: bytes} at that
-    moment, adding up to it. peak_instant: 'forward', 'loss', 'backward' or 'optimizer';
-    instants: the peak of each. reserved_bytes: what the caching allocator holds. margin:
-    (low, high) bytes on top of the peak for that and the CUDA context. card: the Card it
-    was asked for, or None: any card with the kernels of Ampere and later.
+    Args:
+        name: the model's.
+        peak_bytes: what `max_memory_allocated` would say.
+        parts: {category: bytes} at that moment, adding up to it.
+        peak_instant: 'forward', 'loss', 'backward' or 'optimizer'.
+        instants: the peak of each.
+        reserved_bytes: what the caching allocator holds.
+        trace: the log of the step.
+        choices: of the run, as `estimate_training` takes them.
+        config: the model's.
+        card: the Card it was asked for; None: any with the kernels of Ampere and later.
     """
 
     name: str
     peak_bytes: int
-    parts: dict
+    parts: dict[str, int]
     peak_instant: str
-    instants: dict
+    instants: dict[str, int]
     reserved_bytes: int
-    trace: object = field(repr=False)  # thousands of events
-    recipe: object
-    config: object = field(repr=False)
-    card: object = None
+    trace: Trace
+    choices: Choices
+    config: Any
+    card: Card | None = None
 
     @property
-    def margin(self):
-        """(low, high) bytes beyond the peak.
-
-        CUDA context, and blocks the allocator holds but nobody uses.
-        """
+    def margin(self) -> tuple[int, int]:
+        """(low, high) bytes beyond the peak: CUDA's context, and blocks held but not used."""
         slack = max(0, self.reserved_bytes - self.peak_bytes)
-        return int(CONTEXT[0] + slack / 2), int(CONTEXT[1] + slack)
+        return int(_CONTEXT[0] + slack / 2), int(_CONTEXT[1] + slack)
 
-    def fits(self, gpu):
-        """Whether the peak and the whole margin fit a card ('T4', 'A100 80GB', '16GiB', or
-        bytes).
+    def fits(self, gpu: Card | str | float) -> bool:
+        """Whether the peak and the whole margin fit a card or a size.
 
         A card without bfloat16 is asked about the same run in float16, on its own kernels.
-        Raises ValueError for flash attention on a card that has none.
+
+        Args:
+            gpu: 'T4', 'A100 80GB', a Card, '16GiB', or bytes.
+
+        Raises:
+            ValueError: flash attention on a card that has none, or an unknown card.
         """
         return self.verdict(gpu) == "fits"
 
-    def verdict(self, gpu):
-        """'fits', 'tight' (only with a small context and no fragmentation) or 'no'."""
+    def verdict(self, gpu: Card | str | float) -> str:
+        """'fits', 'tight' (only with a small context and no fragmentation) or 'no'.
+
+        Args:
+            gpu: as `fits` takes it.
+        """
         card, run, capacity = find_card(gpu), self, parse_size(gpu)
         if card and not self._same_kernels(card):
-            from helpers import memory
+            from helpers.memory.estimate import for_card
 
-            run = memory.for_card(self, card)
+            run = for_card(self, card)
         need, (low, high) = run.peak_bytes, run.margin
         if card:
-            mine = cublas_workspace(run.recipe.capability)
+            mine = cublas_workspace(run.choices.capability)
             need += 2 * (cublas_workspace(card.capability) - mine)
         if need + high <= capacity:
             return "fits"
         return "tight" if need + low <= capacity else "no"
 
-    def _same_kernels(self, card):
-        return half_dtype(card.capability) == half_dtype(self.recipe.capability)
+    def _same_kernels(self, card: Card) -> bool:
+        return (card.capability >= AMPERE) == (self.choices.capability >= AMPERE)
 
-    def _verdicts(self):
+    def _verdicts(self) -> dict[str, str]:
         """{verdict: names of cards}; a card with other kernels needs its own prediction."""
-        groups = {"fits": [], "tight": [], "no": [], OTHER_KERNELS: []}
+        groups: dict[str, list[str]] = {name: [] for name in (*_SIGNS, _OTHER_KERNELS)}
         for card in [self.card] if self.card else CARDS.values():
             same = self._same_kernels(card)
-            groups[self.verdict(card) if same else OTHER_KERNELS].append(card.name)
+            groups[self.verdict(card) if same else _OTHER_KERNELS].append(card.name)
         return {verdict: ", ".join(names) for verdict, names in groups.items() if names}
 
-    def table(self):
-        """The parts as a table: MB (1e6 bytes) and share of the peak, largest first."""
+    def table(self) -> pd.DataFrame:
+        """The parts, largest first: MB (1e6 bytes) and share of the peak."""
         import pandas as pd
 
         parts = sorted(self.parts.items(), key=lambda item: -item[1])
         rows = [(name, size / 1e6, size / self.peak_bytes) for name, size in parts]
         return pd.DataFrame(rows, columns=["part", "MB", "share"]).set_index("part")
 
-    def __str__(self):
-        where = {"forward": "in the forward pass", "backward": "in the backward pass"}
-        instant = where.get(self.peak_instant, f"at the {self.peak_instant}")
-        lines = [
-            f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB {instant}",
-            f"margin for CUDA context and fragmentation: {_span(self.margin)}",
-        ]
-        for name, row in self.table().iterrows():
-            if row.MB >= 0.05:
-                lines.append(f"  {name:<12} {row.MB:>10,.1f} MB  {row.share:>6.1%}")
-        lines += [f"{verdict}: {names}" for verdict, names in self._verdicts().items()]
-        return "\n".join(lines)
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = self.table().itertuples()
+        return [(name, f"{mb:,.1f}", f"{share:.1%}") for name, mb, share in rows if mb >= 0.05]
 
-    def _repr_html_(self):
-        colors, table = _colors(), self.table()
-        style = "display:inline-block;height:18px"
+    def _margin(self) -> str:
+        low, high = self.margin
+        return f"{low / GIB:.2f} to {high / GIB:.2f} GiB"
+
+    def __str__(self) -> str:
+        instant = _WHEN.get(self.peak_instant, f"at the {self.peak_instant}")
+        return "\n".join(
+            [
+                f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB {instant}",
+                f"margin for CUDA context and fragmentation: {self._margin()}",
+                *(f"  {name:<12} {mb:>10} MB  {share:>6}" for name, mb, share in self._rows()),
+                *(f"{verdict}: {names}" for verdict, names in self._verdicts().items()),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        from helpers.plots import COLORS
+
+        def block(name: str, style: str, text: str = "") -> str:
+            return f"<span style='{style}:{COLORS[_COLORS[name]]}'>{text}</span>"
+
         bars = "".join(
-            f'<span title="{name}: {row.MB:,.0f} MB" '
-            f'style="{style};width:{100 * row.share:.2f}%;background:{colors[name]}">'
-            "</span>"
-            for name, row in table.iterrows()
+            block(name, f"display:inline-block;height:18px;width:{100 * share:.2f}%;background")
+            for name, _, share in self.table().itertuples()
         )
-        rows = "".join(
-            f'<tr><td><span style="color:{colors[name]}">&#9632;</span> {name}</td>'
-            f"<td>{row.MB:,.1f}</td><td>{row.share:.1%}</td></tr>"
-            for name, row in table.iterrows()
-            if row.MB >= 0.05
-        )
-        signs = {"fits": "&#10003; fits", "tight": "&#8776; tight", "no": "&#10007; no"}
-        cards = "".join(
-            f"<tr><td>{signs.get(verdict, verdict)}</td><td>{names}</td></tr>"
-            for verdict, names in self._verdicts().items()
-        )
-        head = "<tr><th>part</th><th>MB</th><th>share</th></tr>"
-        return (
-            f"<b>{self.name}</b>: peak <b>{self.peak_bytes / GIB:.2f} GiB</b> "
-            f"({self.peak_instant}), plus {_span(self.margin)} for the CUDA context and "
-            f'fragmentation<div style="max-width:640px">{bars}</div>'
-            f'<div style="display:flex;gap:2em"><table>{head}{rows}</table>'
-            f"<table><tr><th></th><th>cards</th></tr>{cards}</table></div>"
+        parts = [
+            (_report.Markup(f"{block(name, 'color', '&#9632;')} {name}"), mb, share)
+            for name, mb, share in self._rows()
+        ]
+        cards = [
+            (_SIGNS.get(verdict, verdict), names) for verdict, names in self._verdicts().items()
+        ]
+        head = str(self).splitlines()
+        return _report.card(
+            head[0],
+            html=f"<b>{_report.escape(head[0])}</b>; {head[1]}"
+            f"<div aria-hidden='true' style='max-width:640px'>{bars}</div>"
+            f"<div style='display:flex;gap:2em'>{_report.table(parts, ('part', 'MB', 'share'))}"
+            f"{_report.table(cards, ('', 'cards'))}</div>",
         )
 
-    def plot(self, gpu=None):
-        """Draw the parts as one stacked bar and the step's timeline, against a card's line.
+    def plot(self, gpu: Card | str | float | None = None) -> Figure:
+        """The parts as one stacked bar, and the step's timeline.
 
-        Returns the Figure.
+        Args:
+            gpu: a card or a size, drawn as a line.
         """
         from helpers import plots
 
         fig, (left, right) = plots.figure(
             1, 2, width=9.5, height=3.6, width_ratios=[1, 2.2], sharey=True
         )
-        bottom, colors = 0, _colors()
-        for name, row in self.table().iterrows():
-            height = row.MB * 1e6 / GIB
-            left.bar([0], [height], 0.6, bottom=bottom, color=colors[name], label=name)
-            bottom += height
+        bottom = 0.0
+        for name, mb, _ in self.table().itertuples():
+            color = plots.COLORS[_COLORS[name]]
+            left.bar([0], [mb * 1e6 / GIB], 0.6, bottom=bottom, color=color, label=name)
+            bottom += mb * 1e6 / GIB
         left.set(xticks=[], xlim=(-0.5, 1.9), ylabel="GiB (2**30 bytes)", title="at the peak")
         handles, labels = left.get_legend_handles_labels()
         left.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=8)
-        samples = self.trace.timeline()
-        x, y = zip(*samples, strict=True)
-        right.fill_between(
-            x, [v / GIB for v in y], step="post", color=plots.COLORS["sky"], alpha=0.7
-        )
-        marks = [(position, name) for position, name in self.trace.marks if name in PHASES]
-        for position, name in marks:
+        x, y = zip(*self.trace.timeline(), strict=True)
+        heights = [size / GIB for size in y]
+        right.fill_between(x, heights, step="post", color=plots.COLORS["sky"], alpha=0.7)
+        marks = {name: at for at, name in reversed(self.trace.marks) if name in PHASES}
+        for name, position in marks.items():
             right.axvline(position, color=plots.COLORS["gray"], linewidth=0.8, linestyle=":")
-            right.annotate(
-                name,
-                (position, 0),
-                (2, 4),
-                textcoords="offset points",
-                fontsize=8,
-                rotation=90,
-            )
+            offset = {"textcoords": "offset points", "rotation": 90, "fontsize": 8}
+            right.annotate(name, (position, 0), (2, 4), **offset)
         right.set(xlabel="allocations and frees, in order", title="one training step")
-        right.set_xlim(
-            max(0, marks[0][0] - len(self.trace.events) // 20) if marks else 0,
-            len(self.trace.events),
-        )
+        end = len(self.trace.events)
+        right.set_xlim(max(0, min(marks.values()) - end // 20), end)
         if gpu is not None:
-            capacity = parse_size(gpu) / GIB
+            capacity, red = parse_size(gpu) / GIB, plots.COLORS["red"]
             for axis in (left, right):
-                axis.axhline(capacity, color=plots.COLORS["red"], linewidth=1.5)
-            label = str(find_card(gpu) or f"{capacity:.1f} GiB")
-            across = right.get_yaxis_transform()
-            style = dict(ha="right", va="top", color=plots.COLORS["red"], transform=across)
-            right.text(0.99, capacity, label, **style)
+                axis.axhline(capacity, color=red, linewidth=1.5)
+            label, across = (
+                str(find_card(gpu) or f"{capacity:.1f} GiB"),
+                right.get_yaxis_transform(),
+            )
+            right.text(0.99, capacity, label, ha="right", va="top", color=red, transform=across)
         return fig
-
-
-def _span(margin):
-    return f"{margin[0] / GIB:.2f} to {margin[1] / GIB:.2f} GiB"
-
-
-def _colors():
-    from helpers.plots import COLORS
-
-    order = {
-        "weights": "gray",
-        "adapters": "blue",
-        "gradients": "orange",
-        "optimizer": "purple",
-    }
-    order |= {
-        "activations": "sky",
-        "logits": "green",
-        "temporaries": "red",
-        "workspace": "yellow",
-    }
-    return {name: COLORS[color] for name, color in order.items()}
