@@ -1,103 +1,92 @@
-"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `doctor`, `sync`."""
+"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `doctor`.
+
+Installed with pip it is also called `fine-tuning-course`.
+"""
+
+from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 
-from helpers.course import notebooks
+from helpers.course import doctor, notebooks, places
 
 
-def main(arguments=None):
-    """Parse and run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m helpers", description="The course's commands.")
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run one command.
+
+    Args:
+        arguments: what follows the command's name; default: what this process was given.
+
+    Returns:
+        The exit status.
+
+    Example:
+        >>> main(["doctor", "the model never stops"])
+        symptom   the model never stops, or repeats itself to the limit
+        ...
+        0
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("fine-tuning-course", description="The course's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="execute chapters in a fresh kernel each")
     run.add_argument("chapters", nargs="+", metavar="CHAPTER", help="Chapter0, B, all, …")
-    run.add_argument(
-        "--write", action="store_true", help="also refresh the stored notebook in place"
-    )
-
+    run.set_defaults(call=_run)
     lab = commands.add_parser("lab", help="open the course in JupyterLab")
     lab.add_argument("--port", type=int, default=8888)
-
-    doctor = commands.add_parser("doctor", help="look at this machine, or at an error")
-    doctor.add_argument("error", nargs="?", help="a message to look up instead")
-
-    sync = commands.add_parser("sync", help="put bootstrap cells, badges and links in step")
-    sync.add_argument("--repository", metavar="OWNER/NAME", help="point them at a fork")
-
-    from helpers import memory
-
+    lab.set_defaults(call=_lab)
+    look = commands.add_parser("doctor", help="look at this machine, or at an error")
+    look.add_argument("error", nargs="?", help="a message to look up instead")
+    look.set_defaults(call=_doctor)
     plan = commands.add_parser("plan", help="predict the peak GPU memory of a run")
-    memory.add_arguments(plan)
+    if arguments[:1] == ["plan"]:  # the others work where its libraries do not
+        from helpers.memory import _cli
+
+        _cli.add_arguments(plan)
+        plan.set_defaults(call=_cli.main)
 
     options = parser.parse_args(arguments)
-    chosen = {
-        "run": _run,
-        "lab": _lab,
-        "doctor": _doctor,
-        "sync": _sync,
-        "plan": memory.main,
-    }
     try:
-        return chosen[options.command](options)
+        return options.call(options)
     except notebooks.NotebookError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
 
 
-def _run(options):
+def _run(options: argparse.Namespace) -> int:
     chapters = notebooks.written() if options.chapters == ["all"] else options.chapters
-    for chapter in chapters:
-        try:
-            path = notebooks.find(chapter)
-            summary = notebooks.output_folder(path) / "summary.txt"
-            summary.unlink(missing_ok=True)  # an old run's word would be a lie
-            executed = notebooks.run(chapter, write=options.write)
-        except ValueError as error:
-            print(f"\n{error}", file=sys.stderr)
-            return 1
-        print(f"\n{path.stem} ran; the executed copy is {_short(executed)}")
+    try:
+        paths = [notebooks.find(chapter) for chapter in chapters]
+    except ValueError as error:
+        raise notebooks.NotebookError(str(error)) from None
+    for path in paths:
+        summary = notebooks.output_folder(path) / "summary.txt"
+        summary.unlink(missing_ok=True)  # an old run's word would be a lie
+        executed = notebooks.run(path.name).relative_to(notebooks.root())
+        print(f"\n{path.stem} ran; the executed copy is {executed}")
         if summary.is_file():
             print(f"\n{summary.read_text(encoding='utf-8').rstrip()}")
     return 0
 
 
-def _short(path):
-    return path.relative_to(notebooks.root())
-
-
-def _lab(options):
+def _lab(options: argparse.Namespace) -> int:
+    folder = notebooks.root()
+    if not find_spec("jupyterlab"):
+        wanted = f"pip install '{places.DISTRIBUTION}[lab]'"
+        raise notebooks.NotebookError(f"JupyterLab is not installed: {wanted}")
     command = [sys.executable, "-m", "jupyterlab", "--ip", "127.0.0.1"]
-    command += ["--port", str(options.port)]
-    return subprocess.call(command, cwd=notebooks.root())
+    return subprocess.call([*command, "--port", str(options.port)], cwd=folder)
 
 
-def _doctor(options):
-    from helpers.course import doctor
-
+def _doctor(options: argparse.Namespace) -> int:
     if options.error:
         print(doctor.explain(options.error))
         return 0
     print(found := doctor.report())
     return int(found.failed)
-
-
-def _sync(options):
-    from helpers.course import doctor
-
-    # Each brings a page in step with the code and returns the names that changed.
-    pages = (doctor.write_page, notebooks.write_measured_cards)
-    try:
-        changed = notebooks.sync(options.repository)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for write in pages:
-        changed += write()
-    print(f"Changed: {', '.join(changed)}" if changed else "Everything is in step.")
-    return 0
 
 
 if __name__ == "__main__":

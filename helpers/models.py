@@ -248,14 +248,14 @@ def is_adapter_of(folder: str | Path, name: str | Path) -> bool:
 def _check_flash_attention(dtype: torch.dtype, device: str) -> None:
     """Refuse what the kernel would refuse later, or what would fail while loading."""
     if str(device).split(":")[0] != "cuda":
-        problem: str | None = f"needs device='cuda', not {device!r}"
+        problem: str | None = f"it needs device='cuda', not {device!r}"
     elif (kind := str(dtype).removeprefix("torch.")) not in ("float16", "bfloat16"):
-        problem = f"has kernels for dtype='float16' and 'bfloat16' only, not for {kind!r}"
+        problem = f"it has kernels for dtype='float16' and 'bfloat16' only, not for {kind!r}"
     else:
         problem = runtime.flash_attention_problem()
     if problem:
         raise ValueError(
-            f"attention='flash_attention_2' {problem}. Use attention='sdpa', which runs everywhere"
+            f"attention='flash_attention_2': {problem}. Use 'sdpa', which runs everywhere"
         )
 
 

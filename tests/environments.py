@@ -60,10 +60,11 @@ def twin(folder, new):
 
 
 def lower_bounds(torch=None):
-    """pyproject's dependencies and test extras, each at the oldest version it allows."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    project = project["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    """What pyproject asks for to run the course and its tests, each at its oldest version."""
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras, groups = tables["project"]["optional-dependencies"], tables["dependency-groups"]
+    wanted = [*tables["project"]["dependencies"], *extras["notebook"], *extras["serve"]]
+    wanted += [*extras["lab"], *groups["test"]]
     pins = dict(requirement.split(">=") for requirement in wanted)
     pins["torch"] = torch or pins["torch"]
     return [f"{name}=={version}" for name, version in pins.items()]

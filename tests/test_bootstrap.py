@@ -7,17 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 import venv
 from pathlib import Path
 
+import environments
+import house
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from helpers import runtime
 from helpers.course import notebooks, places
-
-import environments
 
 ROOT = notebooks.root()
 TAKEN_ALONG = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*_cache")
@@ -25,7 +29,7 @@ TAKEN_ALONG = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", 
 
 # ── at home: nothing ─────────────────────────────────────────────────────────────────────
 def test_the_bootstrap_does_nothing_where_helpers_imports(tmp_path):
-    code = notebooks.bootstrap() + "\nprint(os.getcwd(), sys.modules.keys() & {'torch'})"
+    code = house.bootstrap() + "\nprint(os.getcwd(), sys.modules.keys() & {'torch'})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -71,29 +75,31 @@ def test_the_cell_run_again_after_a_failure_installs_what_was_not(monkeypatch):
 
 
 # ── what is missing, and how it is said ──────────────────────────────────────────────────
-def project(tmp_path, *requirements):
-    path = tmp_path / "pyproject.toml"
-    path.write_text(f"[project]\ndependencies = {json.dumps(requirements)}\n")
-    return path
-
-
 def test_missing_names_the_tested_version_and_never_the_untouched(tmp_path):
-    pins = tmp_path / "requirements.txt"
-    pins.write_text("# tested\nno-such-thing==3.1\ntqdm==999.5\nnumpy==1000.1\n")
-    found = places.missing(
-        project(
-            tmp_path,
-            "No_Such.Thing>=3",
-            "not-pinned>=2",
-            "tqdm>=999",
-            "pytest>=8",
-            "torch>=1000",
-            "numpy>=1000",
-            "pandas>=1000",
-        ),
-        pins,
+    wanted = ["No_Such.Thing>=3", "not-pinned>=2", "tqdm>=999", "pytest>=8", "torch>=1000"]
+    wanted += ["numpy>=1000", "pandas>=1000", "elsewhere>=1; sys_platform == 'other'"]
+    extras = "notebook = ['no-lab>=1']\nflash = ['no-flash>=1']"
+    (tmp_path / "pyproject.toml").write_text(
+        f"[project]\ndependencies = {json.dumps(wanted)}\n"
+        f"[project.optional-dependencies]\n{extras}\n"
     )
-    assert found == ["no-such-thing==3.1", "not-pinned>=2", "tqdm==999.5"]
+    (tmp_path / "requirements.txt").write_text(
+        "# tested\nno-such-thing==3.1\ntqdm==999.5\nnumpy==1000.1\n"
+    )
+    core = ["no-such-thing==3.1", "not-pinned>=2", "tqdm==999.5"]
+    assert places.missing(tmp_path, extras=()) == core
+    assert places.missing(tmp_path) == [*core, "no-lab>=1"], "flash-attn is nobody's need"
+
+
+def test_what_the_tests_pin_covers_all_that_the_course_needs():
+    """Else a hosted notebook would get a version that nobody has tried."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra in places.EXTRAS:
+        wanted += project["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        tested = places.tested_versions()[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(tested), requirement
 
 
 def pretend(monkeypatch, *, before, after, wanted=("probe==2",)):
@@ -258,14 +264,14 @@ def installed(tmp_path):
     site = tmp_path / "site"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "helpers", site / "helpers", ignore=ignored)
-    project = places.project_table(ROOT / "pyproject.toml")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lines = ["Metadata-Version: 2.4", f"Name: {project['name']}", "Version: 0.1.0"]
     lines += [f"Project-URL: {name}, {url}" for name, url in project["urls"].items()]
     lines += [f"Requires-Dist: {text}" for text in project["dependencies"]]
-    lines += ['Requires-Dist: no-such-thing>=1; extra == "flash"', ""]
+    lines += [f'Requires-Dist: no-such-{name}>=1; extra == "{name}"' for name in ("flash", "serve")]
     info = site / "fine_tuning_helpers-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("\n".join(lines))
+    (info / "METADATA").write_text("\n".join([*lines, ""]))
 
     def run(*command):
         around = {**os.environ, "PYTHONPATH": str(site)}
@@ -279,22 +285,21 @@ def installed(tmp_path):
 
 def test_installed_it_knows_its_bounds_and_its_address(installed):
     code = (
-        "from helpers.course import notebooks, places\n"
-        "print(places.repository_folder(), places.missing(), places.tested_versions())\n"
-        "print(len(places.project_table()['dependencies']), notebooks.address())"
+        "from helpers.course import places\n"
+        "print(places.repository_folder(), places.missing(extras=()), places.missing())\n"
+        "print(places.tested_versions(), places.address())"
     )
     done = installed("-c", code)
     assert done.returncode == 0, done.stderr
-    number = len(places.project_table()["dependencies"]) + 1  # and one of an extra
-    assert done.stdout == f"None [] {{}}\n{number} {notebooks.address()}\n"
+    assert done.stdout == f"None [] ['no-such-serve>=1']\n{{}} {places.address()}\n"
 
 
-@pytest.mark.parametrize("command", [["run", "Chapter0"], ["run", "all"], ["sync"], ["lab"]])
+@pytest.mark.parametrize("command", [["run", "Chapter0"], ["run", "all"], ["lab"]])
 def test_installed_the_commands_say_what_they_lack(installed, command):
     done = installed("-m", "helpers", *command)
     assert done.returncode == 1 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert f"git clone https://github.com/{notebooks.address()}" in done.stderr
+    assert f"git clone https://github.com/{places.address()}" in done.stderr
 
 
 # ── in step ──────────────────────────────────────────────────────────────────────────────
@@ -306,7 +311,7 @@ def course(tmp_path):
 
 
 def sync(course, *arguments):
-    command = [sys.executable, "-m", "helpers", "sync", *arguments]
+    command = [sys.executable, "tests/house.py", "sync", *arguments]
     return subprocess.run(command, cwd=course, capture_output=True, text=True)
 
 
@@ -347,13 +352,13 @@ def addresses(course):
 def test_a_fork_takes_one_command_and_another_brings_it_back(course):
     here = addresses(ROOT)
     assert len(here) > len(notebooks.written()) + 2
-    assert all(found == {notebooks.address()} for found in here.values()), here
+    assert all(found == {places.address()} for found in here.values()), here
     before = {name: (course / name).read_bytes() for name in here}
     done = sync(course, "--repository", "someone/el.se-2")
     assert done.returncode == 0, done.stderr
     assert addresses(course) == {name: {"someone/el.se-2"} for name in here}
     assert sync(course).stdout == "Everything is in step.\n"
-    sync(course, "--repository", notebooks.address())
+    sync(course, "--repository", places.address())
     assert before == {name: (course / name).read_bytes() for name in here}
 
 
@@ -369,7 +374,7 @@ def test_a_fork_changes_neither_the_library_nor_links_to_others(course):
 def test_the_address_stands_in_one_place():
     for path in [*ROOT.rglob("helpers/**/*.py"), *ROOT.rglob(".github/**/*.yml")]:
         text = path.read_text(encoding="utf-8")
-        assert notebooks.address() not in text and "hands-on-fine-tuning" not in text, path
+        assert places.address() not in text and "hands-on-fine-tuning" not in text, path
 
 
 def test_a_forks_first_push_puts_its_address_in(course, tmp_path):
@@ -443,7 +448,7 @@ def surroundings(repository, tmp_path, **more):
     return kept | {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
-        "GIT_CONFIG_VALUE_0": f"https://github.com/{notebooks.address()}",
+        "GIT_CONFIG_VALUE_0": f"https://github.com/{places.address()}",
         "HF_HUB_OFFLINE": "1",
         "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),
         **more,
@@ -458,7 +463,7 @@ def cell(repository, tmp_path):
     folder.mkdir()
 
     def run(before="", after="", *, source=repository, **more):
-        code = f"{before}\n{notebooks.bootstrap()}\n{after}"
+        code = f"{before}\n{house.bootstrap()}\n{after}"
         return subprocess.run(
             [sys.executable, "-c", code],
             cwd=folder,
@@ -502,46 +507,55 @@ def test_a_repository_without_the_course_is_never_run(cell, repository, tmp_path
     (tree / name).write_text(f"from pathlib import Path\nPath({str(tmp_path)!r}, 'run').touch()")
     (tree / "Chapter0.ipynb").write_text("{}")
     said = sentence(cell(source=bare_repository(tree, tmp_path)))
-    assert said == (
-        f"RuntimeError: https://github.com/{notebooks.address()} did not bring the course, "
-        "nothing was run: it holds something else"
-    )
+    address = f"https://github.com/{places.address()}"
+    assert said == f"RuntimeError: No course from {address}: other files"
     assert not (tmp_path / "run").exists() and list(cell.at.iterdir()) == []
     assert cell(source=repository).returncode == 0, "and then it is simply run again"
 
 
 def test_a_clone_that_fails_is_said_and_leaves_nothing(cell, tmp_path):
-    (cell.at / "fine-tuning-course.part").mkdir()  # of a kernel that was killed
-    (cell.at / "fine-tuning-course.part" / "half").touch()
     said = sentence(cell(source=tmp_path / "nowhere.git"))
-    assert f"https://github.com/{notebooks.address()} did not bring the course" in said
+    assert f"No course from https://github.com/{places.address()}" in said
     assert "nowhere.git" in said and list(cell.at.iterdir()) == []
     assert cell().returncode == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="asks Linux who its parent is")
+def test_a_clone_that_is_interrupted_leaves_nothing_that_is_taken_for_the_course(cell, tmp_path):
+    """A git that has brought part of the files when the kernel is killed."""
+    half = "mkdir -p $6/helpers/course && touch $6/helpers/course/places.py"
+    kernel = "$(cut -d' ' -f4 /proc/$PPID/stat)"  # the parent of git's shell
+    git = executable(tmp_path / "bin", "git", f"#!/bin/sh\n{half}\nkill -9 {kernel}\n")
+    done = cell(PATH=f"{git.parent}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == -9
+    assert not (cell.at / "fine-tuning-course").exists()
+    assert cell().returncode == 0, "what lies about does not disturb the next try"
+
+
 def test_a_missing_git_is_said(cell, tmp_path):
     said = sentence(cell(PATH=str(executable(tmp_path / "bin", "x", "").parent)))
-    assert f"https://github.com/{notebooks.address()} did not bring" in said
+    assert f"No course from https://github.com/{places.address()}" in said
     assert "git: not found" in said or "git: command not found" in said
 
 
 def test_a_folder_of_that_name_is_not_overwritten(cell):
     (cell.at / "fine-tuning-course").mkdir()
     (cell.at / "fine-tuning-course" / "mine").touch()
-    assert "fine-tuning-course is something else here, rename it" in sentence(cell())
+    assert "rename fine-tuning-course, which holds something else" in sentence(cell())
     assert (cell.at / "fine-tuning-course" / "mine").exists()
 
 
 def test_an_old_python_is_refused_before_anything_else(cell):
-    said = sentence(cell("import sys\nsys.version_info = (3, 10, 12)", PATH="/nowhere"))
-    assert "needs Python 3.11 or newer" in said and list(cell.at.iterdir()) == []
+    done = cell("import sys\nsys.version_info = (3, 10, 12)", PATH="/nowhere")
     bound = ".".join(map(str, places.OLDEST_PYTHON))
-    assert f"Python {bound} or newer" in said
-    assert places.project_table()["requires-python"] == f">={bound}"
+    assert done.stderr.strip().endswith(f"The course needs Python {bound} or newer")
+    assert done.returncode == 1 and list(cell.at.iterdir()) == []
+    assert f'requires-python = ">={bound}"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-def test_the_cell_fits_a_narrow_page():
-    assert all(len(line) <= 80 for line in notebooks.bootstrap().splitlines())
+def test_the_cell_fits_a_narrow_page_and_a_screen():
+    lines = house.bootstrap().splitlines()
+    assert len(lines) <= 25 and all(len(line) <= 80 for line in lines)
 
 
 # ── in an emulated Colab and on an emulated pod ──────────────────────────────────────────
@@ -680,11 +694,11 @@ def test_on_a_pod_the_caches_land_on_the_volume(colab, repository, tmp_path):
             env=around,
         )
 
-    early = run("import pyarrow\n" + notebooks.bootstrap())
+    early = run("import pyarrow\n" + house.bootstrap())
     assert early.returncode != 0 and "RestartNeeded" in early.stderr, early.stderr
     assert "pyarrow 18.1.0 →" in early.stderr and "Restart it once" in early.stderr
 
-    done = run(notebooks.bootstrap() + POD)
+    done = run(house.bootstrap() + POD)
     assert done.returncode == 0, done.stderr
     *folders, platform = json.loads(done.stdout)
     assert platform == "runpod" and "Installing" not in done.stdout

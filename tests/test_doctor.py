@@ -9,18 +9,22 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
+import house
 import nbformat
 import pytest
 import torch
+
 from helpers import chat, data, models, runtime, serving
 from helpers.course import doctor, notebooks, places
-from helpers.course.symptoms import SYMPTOMS
 from helpers.serving import gguf, llamacpp
 
-NAMES = {symptom.name: symptom for symptom in SYMPTOMS}
+NAMES = doctor.SYMPTOMS
+HELPERS = Path(doctor.__file__).parents[1]
 PROVOKED = {}
 
 
@@ -520,17 +524,25 @@ def test_the_real_error_is_recognized(name, provoke, world):
     except (Exception, KeyboardInterrupt) as error:
         assert doctor.explain(error).name == name, error
         text = traceback.format_exc()
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        assert raised_in.is_relative_to(HELPERS) == (NAMES[name].origin == "course"), raised_in
     assert text, "nothing was raised"
     assert doctor.explain(text).name == name
 
 
 def test_every_symptom_is_provoked_or_says_that_it_could_not_be():
-    by_error = {s.name for s in SYMPTOMS if s.provoked and s.error}
-    assert by_error == set(PROVOKED)
-    assert len(by_error) >= 30
-    assert len(NAMES) == len(SYMPTOMS), "two symptoms share a name"
-    for symptom in SYMPTOMS:
+    assert {s.name for s in NAMES.values() if s.origin != "read" and s.error} == set(PROVOKED)
+    assert len(NAMES) == sum(map(len, doctor.SECTIONS.values())), "two symptoms share a name"
+    for symptom in NAMES.values():
         assert symptom.error or symptom.words, symptom.name
+        assert symptom.origin in ("library", "course", "read")
+
+
+def test_readme_counts_what_is_really_raised():
+    kinds = Counter(symptom.origin for symptom in NAMES.values() if symptom.error)
+    readme = (notebooks.root() / "README.md").read_text("utf-8")
+    assert f"{kinds['library']} of {len(NAMES)} symptoms are raised by the libraries" in readme
+    assert f"{kinds['course']} more are the course's own messages" in readme
 
 
 # ── what a machine without a GPU cannot raise ────────────────────────────────────────────
@@ -582,7 +594,7 @@ READ = [
 
 @pytest.mark.parametrize(("name", "text"), READ)
 def test_messages_that_were_only_read_are_recognized(name, text):
-    assert not NAMES[name].provoked
+    assert NAMES[name].origin == "read"
     assert doctor.explain(text).name == name
     ranked = "".join(f"[rank0]: {line}\n" for line in ["Traceback", *text.splitlines()])
     assert doctor.explain(ranked).name == name, "as torchrun's processes write it"
@@ -615,7 +627,7 @@ MORE = [
     ),
     (
         "killed",
-        "helpers.notebooks.NotebookError: Chapter5.ipynb, code cell 12: the kernel died",
+        "helpers.course.notebooks.NotebookError: Chapter5.ipynb, code cell 12: the kernel died",
     ),
 ]
 
@@ -732,7 +744,7 @@ def test_an_unrelated_error_is_unknown_and_gets_a_next_step(fail):
     with pytest.raises(Exception) as caught:
         fail()
     found = doctor.explain(caught.value)
-    assert (found.name, found.symptom, found.proof) == ("unknown", None, None)
+    assert found is doctor.UNKNOWN and found.name == "unknown" and found.proof is None
     assert "doctor.report()" in found.cure
     text = "".join(traceback.format_exception(caught.value))
     assert doctor.explain(text).name == "unknown"
@@ -785,8 +797,8 @@ def test_the_report_of_this_machine(any_machine):
 
 
 def test_a_look_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(places, "missing", lambda: ["trl==9"])
-    monkeypatch.setattr(doctor, "_disk", lambda: 1 / 0)
+    monkeypatch.setattr(places, "missing", lambda **_: ["trl==9"])
+    monkeypatch.setitem(doctor.LOOKS, "disk", lambda: 1 / 0)
     found = doctor.report()
     assert found.failed
     assert "missing or too old: trl==9" in str(found)
@@ -797,7 +809,7 @@ def test_a_full_disk_fails_and_an_empty_one_does_not(monkeypatch):
     for free, level in ((1, doctor.FAIL), (5, doctor.WARN), (50, doctor.OK)):
         usage = SimpleNamespace(free=free * doctor.GIB)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        assert doctor._disk()[0] == level
+        assert doctor.LOOKS["disk"]()[0] == level
 
 
 def with_cards(monkeypatch, *names, capability=(8, 0)):
@@ -818,11 +830,11 @@ def with_cards(monkeypatch, *names, capability=(8, 0)):
 
 def test_of_several_cards_the_one_that_is_used_is_named(monkeypatch):
     with_cards(monkeypatch, "L4")
-    level, text = doctor._accelerator()
+    level, text = doctor.LOOKS["accelerator"]()
     assert (level, "L4, 16.0 GiB" in text) == (doctor.OK, True)
     assert "CUDA_VISIBLE_DEVICES" not in text
     with_cards(monkeypatch, "Tesla T4", "Tesla P4")
-    level, text = doctor._accelerator()
+    level, text = doctor.LOOKS["accelerator"]()
     assert level == doctor.WARN, "TRL refuses two"
     assert "cuda:0 Tesla T4, 16.0 GiB; cuda:1 Tesla P4" in text
     assert "Used is cuda:0" in text and "CUDA_VISIBLE_DEVICES=0" in text
@@ -833,13 +845,13 @@ def test_the_data_type_comes_with_its_reason(monkeypatch):
     with_cards(monkeypatch)
     monkeypatch.setattr(runtime, "native_dtype", lambda device: torch.float32)
     monkeypatch.setattr(runtime, "native_dtype_reason", lambda device: f"as on a {device}")
-    assert doctor._data_types() == (doctor.OK, "float32 (as on a cpu)")
+    assert doctor.LOOKS["data types"]() == (doctor.OK, "float32 (as on a cpu)")
     monkeypatch.undo()
     monkeypatch.delenv("HELPERS_DTYPE", raising=False)
     with_cards(monkeypatch, "L4")
-    assert doctor._data_types() == (doctor.OK, "bfloat16 (native on this card)")
+    assert doctor.LOOKS["data types"]() == (doctor.OK, "bfloat16 (native on this card)")
     with_cards(monkeypatch, "Tesla T4", capability=(7, 5))
-    level, text = doctor._data_types()
+    level, text = doctor.LOOKS["data types"]()
     assert level == doctor.WARN and text.startswith("float16 (") and "fp16=True" in text
 
 
@@ -858,26 +870,26 @@ def flash_attn(monkeypatch):
 
 def test_a_flash_attention_that_cannot_work_here_is_a_warning(monkeypatch, tmp_path, flash_attn):
     with_cards(monkeypatch)
-    assert doctor._attention()[0] == doctor.OK, "not installed, not missed"
+    assert doctor.LOOKS["attention"]()[0] == doctor.OK, "not installed, not missed"
     flash_attn(tmp_path, "")
-    level, text = doctor._attention()
+    level, text = doctor.LOOKS["attention"]()
     assert level == doctor.WARN and "needs a CUDA card" in text and "uninstall" in text
     with_cards(monkeypatch, "Tesla T4", capability=(7, 5))
-    level, text = doctor._attention()
+    level, text = doctor.LOOKS["attention"]()
     assert level == doctor.WARN and "7.5" in text
     with_cards(monkeypatch, "L4")
-    level, text = doctor._attention()
+    level, text = doctor.LOOKS["attention"]()
     assert level == doctor.OK and "16-bit" in text and "flash_attention_2" in text
     flash_attn(tmp_path, "raise ImportError('undefined symbol: _ZN3c10')")
-    level, text = doctor._attention()
+    level, text = doctor.LOOKS["attention"]()
     assert level == doctor.WARN and "undefined symbol: _ZN3c10" in text
 
 
 def test_memory_is_what_this_process_may_still_take(monkeypatch):
-    monkeypatch.setattr(runtime, "_memory_bytes", lambda device: 12 * doctor.GIB)
+    monkeypatch.setattr(runtime, "memory_bytes", lambda device: 12 * doctor.GIB)
     for free, level in ((3, doctor.WARN), (9, doctor.OK)):
         monkeypatch.setattr(runtime, "available_memory_bytes", lambda free=free: free * doctor.GIB)
-        found, text = doctor._memory()
+        found, text = doctor.LOOKS["memory"]()
         assert found == level and f"{free}.0 of 12.0 GiB" in text
 
 
@@ -885,17 +897,28 @@ def test_a_llama_cpp_that_needs_help_says_so(monkeypatch):
     monkeypatch.setattr(llamacpp, "find", lambda name: "llama-server")
     monkeypatch.setattr(llamacpp, "version", lambda program: "version: 9999 (abc)")
     monkeypatch.setattr(llamacpp, "trouble", lambda: None)
-    assert doctor._llamacpp() == (doctor.OK, "version: 9999 (abc)")
+    assert doctor.LOOKS["llama.cpp"]() == (doctor.OK, "version: 9999 (abc)")
     monkeypatch.setattr(llamacpp, "trouble", lambda: "started with --no-repack.")
-    level, text = doctor._llamacpp()
+    level, text = doctor.LOOKS["llama.cpp"]()
     assert level == doctor.WARN and "9999" in text and "--no-repack" in text
+
+
+def test_packages_that_only_a_part_of_the_course_needs_are_a_warning(monkeypatch):
+    """Installed without extras, everything imports: that is not broken."""
+    monkeypatch.setattr(places, "EXTRAS", ("notebook", "serve"))
+    monkeypatch.setattr(
+        places, "missing", lambda extras=places.EXTRAS: ["gguf>=0.17"] if extras else []
+    )
+    level, text = doctor.LOOKS["packages"]()
+    assert level == doctor.WARN and "gguf>=0.17" in text
+    assert "pip install 'fine-tuning-helpers[notebook,serve]'" in text
 
 
 def test_other_versions_than_the_tested_ones_are_a_warning(monkeypatch):
     torch_here = runtime.package_version("torch").split("+")[0]
     tested = places.tested_versions() | {"trl": "0.12.0", "torch": torch_here}
     monkeypatch.setattr(places, "tested_versions", lambda: tested)
-    level, text = doctor._packages()
+    level, text = doctor.LOOKS["packages"]()
     assert level == doctor.WARN and "(tested: 0.12.0)" in text
     assert "torch" not in text, "the build's name after the plus does not count"
 
@@ -912,8 +935,8 @@ def test_the_command(monkeypatch, capsys, any_machine):
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────
 def test_the_page_is_in_step():
-    text = (notebooks.root() / doctor.PAGE).read_text(encoding="utf-8")
-    assert text == doctor.page(), "run: python -m helpers sync"
+    text = (notebooks.root() / house.PAGE).read_text(encoding="utf-8")
+    assert text == house.troubleshooting(), "run: python tests/house.py sync"
 
 
 @pytest.mark.parametrize("name", NAMES)

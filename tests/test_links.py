@@ -4,9 +4,11 @@ import re
 from functools import cache
 from urllib.parse import unquote, urlsplit
 
+import house
 import nbformat
 import pytest
-from helpers.course import notebooks
+
+from helpers.course import notebooks, places
 
 ROOT = notebooks.root()
 PAGES = sorted(p.name for p in ROOT.glob("*.md")) + [f"{n}.ipynb" for n in notebooks.written()]
@@ -75,7 +77,7 @@ def remote(parts):
     # Looked at by form only: the tests have no network.
     if parts.scheme != "https" or "." not in parts.netloc or " " in parts.path:
         return f"{parts.geturl()}: should be https and well-formed"
-    match = re.fullmatch(rf"/github/{notebooks.address()}/blob/main/(\w+)\.ipynb", parts.path)
+    match = re.fullmatch(rf"/github/{places.address()}/blob/main/(\w+)\.ipynb", parts.path)
     is_badge = parts.netloc == "colab.research.google.com" and parts.path.startswith("/github")
     if is_badge and (not match or match[1] not in notebooks.written()):
         return f"{parts.geturl()}: a badge of no notebook"
@@ -88,7 +90,7 @@ def test_the_checks_notice_what_is_wrong():
     assert "https" in problem("README.md", "http://example.com/x")
     assert "no notebook" in problem(
         "README.md",
-        f"https://colab.research.google.com/github/{notebooks.address()}/blob/main/Chapter99.ipynb",
+        f"https://colab.research.google.com/github/{places.address()}/blob/main/Chapter99.ipynb",
     )
     assert problem("README.md", "Chapter0.ipynb#8-train") == ""
     assert problem("README.md", "#quick-start") == ""
@@ -98,8 +100,8 @@ def test_the_checks_notice_what_is_wrong():
 @pytest.mark.parametrize("name", notebooks.written())
 def test_every_notebook_begins_with_its_own_badge(name):
     cells = nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells
-    assert cells[1].source == notebooks.badge(name)
-    assert notebooks.badge(name) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert cells[1].source == house.badge(name)
+    assert house.badge(name) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_page_can_be_reached_from_the_readme():

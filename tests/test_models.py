@@ -108,7 +108,7 @@ def test_unknown_settings_name_what_would_work():
             r"has kernels for dtype='float16' and 'bfloat16' only.*'float32'",
         ),
         ("bfloat16", "cpu", r"needs device='cuda', not 'cpu'"),
-        ("bfloat16", "cuda", r"the kernel is missing\. Use attention='sdpa'"),
+        ("bfloat16", "cuda", r"the kernel is missing\. Use 'sdpa'"),
     ],
 )
 def test_flash_attention_is_refused_where_the_kernel_would_fail(monkeypatch, dtype, device, words):

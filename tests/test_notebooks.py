@@ -1,10 +1,14 @@
+"""The notebooks: stored clean, run as readers run them, and what trips readers is refused."""
+
 import json
 import os
 import subprocess
 import sys
 
+import house
 import nbformat
 import pytest
+
 from helpers.__main__ import main
 from helpers.course import notebooks
 
@@ -28,7 +32,7 @@ def make(tmp_path, monkeypatch, *sources, tags=None):
 def test_stored_notebooks_are_clean(name):
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert notebooks.complaints(notebook) == []
+    assert house.complaints(notebook) == []
     assert "widgets" not in notebook.metadata
     counts = [c.execution_count for c in notebook.cells if c.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1)), "one clean top-to-bottom run"
@@ -38,25 +42,11 @@ def test_stored_notebooks_are_clean(name):
 def test_every_notebook_has_the_badge_and_the_same_bootstrap(name):
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     sources = [cell.source for cell in notebook.cells]
-    assert notebooks.badge(name) in sources
+    assert house.badge(name) in sources
     tagged = [
         cell.source for cell in notebook.cells if "bootstrap" in cell.metadata.get("tags", [])
     ]
-    assert tagged == [notebooks.bootstrap()]
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_local_links_lead_somewhere(name):
-    import re
-
-    text = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
-    future = {f"{chapter}.ipynb" for chapter in notebooks.CHAPTERS} | {
-        "AppendixA.md",
-        "FAQ.md",
-        "Troubleshooting.md",
-    }
-    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
-        assert (ROOT / target).exists() or target in future, target
+    assert tagged == [house.bootstrap()]
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────
@@ -68,14 +58,14 @@ def test_a_run_leaves_an_executed_copy_and_the_original(tmp_path, monkeypatch):
     outputs = nbformat.read(executed, as_version=4).cells
     assert outputs[0].outputs[0].text == "42\n"
     assert path.read_bytes() == before
-    notebooks.run("chapter0.ipynb", write=True, progress=False)
+    house.store("chapter0.ipynb")
     assert "42" in path.read_text()
 
 
 def test_a_failing_cell_is_named_with_its_source(tmp_path, monkeypatch):
     make(tmp_path, monkeypatch, "x = 1", "undefined_name + x")
     with pytest.raises(notebooks.NotebookError) as error:
-        notebooks.run("Chapter0", write=True, progress=False)
+        house.store("Chapter0")
     message = str(error.value)
     assert "code cell 2 of 2" in message
     assert "undefined_name + x" in message and "NameError" in message
@@ -99,7 +89,7 @@ def test_a_killed_kernel_and_an_endless_cell_are_one_sentence(
 
 def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
     path = make(tmp_path, monkeypatch, "raise ValueError('see?')", tags={0: ["raises-exception"]})
-    notebooks.run("Chapter0", write=True, progress=False)
+    house.store("Chapter0")
     assert nbformat.read(path, as_version=4).cells[0].outputs[0].evalue == "see?"
 
 
@@ -123,7 +113,7 @@ def test_what_trips_readers_is_not_stored(tmp_path, monkeypatch, source, complai
     path = make(tmp_path, monkeypatch, source)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=complaint):
-        notebooks.run("Chapter0", write=True, progress=False)
+        house.store("Chapter0")
     assert path.read_bytes() == before
 
 
@@ -132,7 +122,7 @@ def test_pictures_are_not_searched_for_words():
     inline = {"text/html": "<img src='data:image/png;base64,iVBOR/home/w+A=='>"}
     outputs = [nbformat.v4.new_output("display_data", data) for data in (picture, inline)]
     cell = nbformat.v4.new_code_cell("1", outputs=outputs, execution_count=1)
-    assert notebooks.complaints(nbformat.v4.new_notebook(cells=[cell])) == []
+    assert house.complaints(nbformat.v4.new_notebook(cells=[cell])) == []
 
 
 def test_cleaning_keeps_the_still_picture_of_an_explorer(tmp_path, monkeypatch):
@@ -146,11 +136,11 @@ def test_cleaning_keeps_the_still_picture_of_an_explorer(tmp_path, monkeypatch):
     )
     path = make(tmp_path, monkeypatch, source)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebooks.run("0", write=True, progress=False)
+    house.store("0")
     notebook = nbformat.read(path, as_version=4)
     data = notebook.cells[0].outputs[0].data
     assert "image/png" in data
-    assert notebooks.WIDGET_VIEW not in data
+    assert house.WIDGET_VIEW not in data
     assert "widgets" not in notebook.metadata
 
 
@@ -160,14 +150,26 @@ def test_unknown_chapters_list_the_written_ones():
     assert notebooks.find("b" if "AppendixB" in WRITTEN else "0").is_file()
 
 
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+def test_storing_is_all_or_nothing(tmp_path, monkeypatch):
     path = make(tmp_path, monkeypatch, "1")
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    before, replace = path.read_bytes(), os.replace
+
+    def full(source, target):
+        if target == path:
+            raise OSError("full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="full"):
-        notebooks._write(nbformat.v4.new_notebook(), path)
+        house.store("Chapter0")
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["Chapter0.ipynb"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["Chapter0.ipynb", "outputs"]
+
+
+def test_without_nbclient_a_sentence_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nbclient", None)
+    assert main(["run", "Chapter0"]) == 1
+    assert "pip install 'fine-tuning-helpers[notebook]'" in capsys.readouterr().err
 
 
 def test_the_command_line_reports_a_failure(tmp_path):
@@ -200,6 +202,26 @@ def network_cut():
     return prefix if works else []
 
 
+def test_a_short_chapter0_runs_and_its_model_has_begun_to_learn(tmp_path, monkeypatch):
+    """A tenth of the rows, a fifth of the questions; the rest is as readers run it."""
+    source = (ROOT / "Chapter0.ipynb").read_text(encoding="utf-8")
+    for old, new in {
+        ".shuffle(seed=42).select(range(1000))": ".shuffle(seed=42).select(range(100))",
+        'test = data.load_yoda(\\"test\\")': 'test = data.load_yoda(\\"test\\").select(range(30))',
+    }.items():
+        assert source.count(old) == 1, f"Chapter 0 has changed: {old}"
+        source = source.replace(old, new)
+    (tmp_path / "Chapter0.ipynb").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(notebooks, "root", lambda: tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebooks.run("Chapter0", progress=False)
+    scores = json.loads((tmp_path / "outputs/chapter0/scores.json").read_text())
+    assert (tmp_path / "outputs/chapter0/adapter/adapter_model.safetensors").is_file()
+    assert scores["fine-tuned"]["chrF"] > scores["base"]["chrF"] + 20
+    assert scores["fine-tuned"]["valid order (%)"] > scores["base"]["valid order (%)"]
+
+
+@pytest.mark.chapter0
 def test_chapter0_runs_top_to_bottom_and_its_model_has_learned():
     done = run_offline("Chapter0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -223,4 +245,5 @@ def test_chapters_run_top_to_bottom(name):
 
 def complaints_of(name):
     executed = nbformat.read(ROOT / "outputs" / name.lower() / f"{name}.ipynb", as_version=4)
-    return notebooks.complaints(executed)
+    house.clean(executed)
+    return house.complaints(executed)

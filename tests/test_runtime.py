@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import runtime
+from helpers import _machine, runtime
 
 
 def test_detect_describes_this_machine():
@@ -78,13 +78,13 @@ def test_the_processors_dtype_follows_a_rule_and_never_a_race(
     monkeypatch, flags, vendor, dtype, words
 ):
     monkeypatch.delenv(runtime.DTYPE_VARIABLE, raising=False)
-    monkeypatch.setattr(runtime, "_processor", lambda: (set(flags.split()), vendor))
+    monkeypatch.setattr(_machine, "processor", lambda: (set(flags.split()), vendor))
     assert runtime.native_dtype("cpu") == dtype
     assert words in runtime.native_dtype_reason("cpu")
 
 
 def test_this_processor_is_read_as_the_system_lists_it():
-    flags, vendor = runtime._processor()
+    flags, vendor = _machine.processor()
     if Path("/proc/cpuinfo").is_file():
         assert vendor in Path("/proc/cpuinfo").read_text()
         assert flags == set() or {"fpu", "sse2"} <= flags
@@ -97,7 +97,7 @@ def test_the_variable_overrides_the_dtype_and_is_checked(monkeypatch):
     assert "bfloat16 (HELPERS_DTYPE says so)" in str(here)
     for wrong in ("int8", "float16"):  # float16 needs a gradient scaler, and a card
         monkeypatch.setenv(runtime.DTYPE_VARIABLE, wrong)
-        with pytest.raises(ValueError, match=rf"HELPERS_DTYPE must be one of .*'{wrong}'"):
+        with pytest.raises(ValueError, match=rf"HELPERS_DTYPE must be one of .*not '{wrong}'"):
             runtime.native_dtype("cpu")
 
 
@@ -185,9 +185,9 @@ def test_nobody_there_is_offline_in_this_process_only_and_asked_again(mirror, mo
 def test_a_card_without_the_hub_says_loudly_which_model_it_gets():
     here = runtime.detect()
     card = dataclasses.replace(here, device="cuda", offline=True)
-    assert "small embedded model" in str(card) and "color:" in card._repr_html_()
+    assert "small embedded model" in str(card) and "✗" in card._repr_html_()
     for calm in (dataclasses.replace(card, offline=False), here):
-        assert calm.warning == "" and "color:" not in calm._repr_html_()
+        assert calm.warning == "" and "✗" not in calm._repr_html_()
 
 
 # ── what a container leaves us ───────────────────────────────────────────────────────────
@@ -219,8 +219,8 @@ def control_group(folder, **files):
     ids=["version 2", "version 1"],
 )
 def test_a_containers_limits_are_respected(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(runtime, "CGROUP", control_group(tmp_path, **files))
-    assert runtime._memory_bytes("cpu") == 2 * 10**9
+    monkeypatch.setattr(_machine, "CGROUP", control_group(tmp_path, **files))
+    assert runtime.memory_bytes("cpu") == 2 * 10**9
     assert runtime.available_memory_bytes() == 10**9
     assert runtime.usable_cores() == 1
 
@@ -228,8 +228,8 @@ def test_a_containers_limits_are_respected(monkeypatch, tmp_path, files):
 @pytest.mark.parametrize("text", ["max", "9223372036854771712", ""])
 def test_no_limit_is_the_machines_own(monkeypatch, tmp_path, text):
     files = {"memory_dot_max": text, "cpu_dot_max": "max 100000"}
-    monkeypatch.setattr(runtime, "CGROUP", control_group(tmp_path, **files))
-    assert runtime._memory_bytes("cpu") == psutil.virtual_memory().total
+    monkeypatch.setattr(_machine, "CGROUP", control_group(tmp_path, **files))
+    assert runtime.memory_bytes("cpu") == psutil.virtual_memory().total
     assert 0 < runtime.available_memory_bytes() <= psutil.virtual_memory().total
     assert 1 <= runtime.usable_cores() <= os.cpu_count()
 
@@ -293,7 +293,7 @@ def test_offline_is_believed_when_the_variable_says_so(monkeypatch):
 
 def test_import_helpers_is_light():
     code = (
-        "import sys, helpers, helpers.runtime, helpers.models, helpers.notebooks;"
+        "import sys, helpers, helpers.runtime, helpers.models, helpers.memory, helpers.__main__;"
         "heavy = {'torch', 'transformers', 'trl', 'pandas'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or None)"
     )

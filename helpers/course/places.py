@@ -4,40 +4,55 @@ The bootstrap cell calls `settle` first of all, so this module needs nothing but
 what every kernel has.
 """
 
-import contextlib
+from __future__ import annotations
+
 import importlib
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from helpers import _downloads as downloads
-from helpers import runtime
+from helpers import _downloads, runtime
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "fine-tuning-helpers"
+EXTRAS = ("notebook", "serve")  # of the distribution: what the course needs beside its core
 CARDS = "CUDA_VISIBLE_DEVICES"
-_brought = False  # the cell, run again after a failure, finds `helpers` and says False
 UNTOUCHED = ("torch", "numpy", "pandas")  # replacing them breaks a hosted notebook
 OLDEST_PYTHON = (3, 11)
+_brought = False  # the cell, run again after a failure, finds `helpers` and says False
 
 
 class RestartNeeded(RuntimeError):
     """This kernel had already loaded something that was replaced or set only now."""
 
 
-def settle(brought=False):
+def settle(brought: bool = False) -> None:
     """What the bootstrap cell does last; on your own machine it installs nothing.
 
     Everywhere: of several cards, this kernel gets one. In Colab, on Kaggle and on a pod, or
-    where the cell has just `brought` the course: caches go to the pod's volume, and what is
-    missing or too old is installed; torch, numpy and pandas are left as they are. Raises
-    RestartNeeded when it comes too late in this kernel, RuntimeError when pip fails and
-    OSError where there is no pip.
+    where the cell brought the course: caches go to the pod's volume, and what is missing or
+    too old is installed; torch, numpy and pandas are left as they are.
+
+    Args:
+        brought: the cell has just cloned the course.
+
+    Raises:
+        RestartNeeded: it comes too late in this kernel.
+        RuntimeError: pip fails.
+        OSError: there is no pip.
+
+    Example:
+        >>> settle()  # doctest: +SKIP
     """
     global _brought
     _brought = brought = brought or _brought
@@ -49,14 +64,16 @@ def settle(brought=False):
         install_missing()
 
 
-def use_one_card():
+def use_one_card() -> None:
     """Let this kernel see the first card where the machine has several.
 
     TRL's trainers would spread a model that lies on one card over all of them, and refuse.
-    A CUDA_VISIBLE_DEVICES of your own is kept. Raises RestartNeeded when torch has already
-    opened them all.
+    A CUDA_VISIBLE_DEVICES of your own is kept.
+
+    Raises:
+        RestartNeeded: torch has already opened them all.
     """
-    if CARDS in os.environ or (number := _cards()) < 2:
+    if CARDS in os.environ or (number := _count_cards()) < 2:
         return
     os.environ[CARDS] = "0"
     torch = sys.modules.get("torch")
@@ -71,7 +88,7 @@ def use_one_card():
     print(f"{number} cards here; the course trains on one: {CARDS}=0, unless you set it.")
 
 
-def _cards():
+def _count_cards() -> int:
     """How many cards the driver sees; asking it leaves torch and CUDA asleep."""
     if not (program := shutil.which("nvidia-smi")):
         return 0
@@ -82,11 +99,13 @@ def _cards():
     return len(re.findall(r"^GPU \d", done.stdout, re.MULTILINE))
 
 
-def use_volume():
+def use_volume() -> None:
     """Let the caches of the Hub and of pip lie on a pod's volume, which survives a stop.
 
-    Variables that are already set are kept. Raises RestartNeeded when the Hub's library
-    was imported before: it reads its variable only once.
+    Variables that are already set are kept.
+
+    Raises:
+        RestartNeeded: the Hub's library was imported before; it reads its variable once.
     """
     if not runtime.POD_VOLUME.is_dir():
         return
@@ -101,53 +120,44 @@ def use_volume():
         os.environ["HF_HOME"] = str(caches / "huggingface")
 
 
-def missing(project=None, pins=None):
+# ── what is missing ──────────────────────────────────────────────────────────────────────
+def missing(folder: Path | None = None, *, extras: tuple[str, ...] = EXTRAS) -> list[str]:
     """The requirements that this environment lacks or has too old, as pip wants them.
 
-    project: path of pyproject.toml, whose lower bounds decide. pins: path of
-    requirements.txt, whose tested version is what gets installed. Default: the
-    repository's, or without one the bounds that pip noted when it installed `helpers`.
-    torch, numpy and pandas never appear.
+    Args:
+        folder: holds pyproject.toml, whose lower bounds decide, and requirements.txt, whose
+            tested versions are what gets installed. Default: the course's repository, or
+            without it the bounds that pip noted when it installed `helpers`.
+        extras: the parts of the course that count, beside its core.
+
+    Returns:
+        Such as ['trl==1.16.0']; torch, numpy and pandas never appear.
+
+    Example:
+        >>> missing()
+        []
     """
+    tested = tested_versions(folder)
     found = []
-    tested = _pins(pins)
-    for requirement in _requirements(project):
-        if requirement.name not in UNTOUCHED and not _satisfied(requirement):
-            found.append(tested.get(_normal(requirement.name), str(requirement)))
+    for wanted in _unsatisfied(folder, extras):
+        name = _normal(wanted.name)
+        if name not in UNTOUCHED:
+            found.append(f"{name}=={tested[name]}" if name in tested else str(wanted))
     return found
 
 
-def tested_versions():
-    """The versions of requirements.txt, by name; {} where there is no repository."""
-    return dict(pin.split("==") for pin in _pins().values())
+def tested_versions(folder: Path | None = None) -> dict[str, str]:
+    """The versions of requirements.txt, by name; {} where there is no repository.
+
+    Args:
+        folder: as in `missing`.
+    """
+    folder = folder or repository_folder()
+    text = (folder / "requirements.txt").read_text("utf-8") if folder else ""
+    return {_normal(n): v for n, v in re.findall(r"(?m)^([\w.-]+)==(\S+)", text)}
 
 
-def install_missing():
-    """Install what `missing` names; says what it did, and nothing where nothing was."""
-    for requirement in _requirements():
-        if requirement.name in UNTOUCHED and not _satisfied(requirement):
-            here = runtime.package_version(requirement.name)
-            print(f"Note: wanted is {requirement}, here it is {here}. It is left alone.")
-    wanted = missing()
-    if not wanted:
-        return
-    print("Installing", ", ".join(wanted), "…", flush=True)
-    before = _versions()
-    kept = [f"{name}=={before[name]}" for name in UNTOUCHED if name in before]
-    _pip_install(wanted, kept)
-    importlib.invalidate_caches()
-    after = _versions()
-    replaced = {name for name in before if before[name] != after.get(name)}
-    if in_use := sorted(replaced & _loaded()):
-        listing = ", ".join(f"{name} {before[name]} → {after.get(name)}" for name in in_use)
-        raise RestartNeeded(
-            f"Installed. This kernel had already loaded what was replaced: {listing}. "
-            "Restart it once (Colab: Runtime > Restart session), then run from the top."
-        )
-    print("Ready. No restart is needed.")
-
-
-def repository_folder():
+def repository_folder() -> Path | None:
     """The course's repository around `helpers`; None where pip installed it alone."""
     folder = Path(__file__).resolve().parents[2]
     project = folder / "pyproject.toml"
@@ -155,76 +165,87 @@ def repository_folder():
     return folder if ours else None
 
 
-def project_table(path=None):
-    """[project] of pyproject.toml, as far as the course asks: dependencies and urls.
-
-    path: of the file. Default: the repository's, or without one what pip noted.
-    """
-    import tomllib
-
-    if path is None and (folder := repository_folder()):
-        path = folder / "pyproject.toml"
-    if path is not None:
-        return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-    noted = importlib.metadata.metadata(DISTRIBUTION)
-    urls = [line.partition(", ") for line in noted.get_all("Project-URL", [])]
-    return {
-        "dependencies": noted.get_all("Requires-Dist", []),
-        "urls": {name: url for name, _, url in urls},
-    }
+def address() -> str:
+    """The course's 'owner/name' on GitHub, as [project.urls] of pyproject.toml has it."""
+    if folder := repository_folder():
+        url = _project(folder)["urls"]["Repository"]
+    else:
+        urls = metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
+        url = next(line for line in urls if line.startswith("Repository, "))
+    return url.partition("https://github.com/")[2]
 
 
-def _requirements(path=None):
+def _project(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def _unsatisfied(folder: Path | None, extras: tuple[str, ...]) -> list[Requirement]:
     from packaging.requirements import Requirement
 
-    found = [Requirement(text) for text in project_table(path)["dependencies"]]
-    return [one for one in found if not one.marker or one.marker.evaluate({"extra": ""})]
+    if folder := folder or repository_folder():
+        project = _project(folder)
+        listed = list(project["dependencies"])
+        for extra in extras:
+            listed += project.get("optional-dependencies", {}).get(extra, [])
+    else:
+        listed = metadata.requires(DISTRIBUTION) or []
+    found = []
+    for wanted in map(Requirement, listed):
+        marker, wanted.marker = wanted.marker, None
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            continue
+        here = runtime.package_version(wanted.name)
+        if here == runtime.NOT_INSTALLED or not wanted.specifier.contains(here, True):
+            found.append(wanted)
+    return found
 
 
-def _pins(path=None):
-    if path is None and (folder := repository_folder()):
-        path = folder / "requirements.txt"
-    text = path.read_text(encoding="utf-8") if path else ""
-    lines = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
-    return {_normal(name): f"{name}=={version}" for name, version in lines}
-
-
-def _normal(name):
+def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _satisfied(requirement):
-    version = runtime.package_version(requirement.name)
-    if version == runtime.NOT_INSTALLED:
-        return False
-    return requirement.specifier.contains(version, prereleases=True)
+# ── installing it ────────────────────────────────────────────────────────────────────────
+def install_missing() -> None:
+    """Install what `missing` names; says what it did, and nothing where nothing was.
+
+    Raises:
+        RestartNeeded: something was replaced that this kernel had already loaded.
+        RuntimeError: pip fails; its last words are quoted.
+    """
+    for wanted in _unsatisfied(None, EXTRAS):
+        if wanted.name in UNTOUCHED:
+            here = runtime.package_version(wanted.name)
+            print(f"Note: wanted is {wanted}, here it is {here}. It is left alone.")
+    if not (lacking := missing()):
+        return
+    print("Installing", ", ".join(lacking), "…", flush=True)
+    before = _versions()
+    _pip_install(lacking, [f"{name}=={before[name]}" for name in UNTOUCHED if name in before])
+    importlib.invalidate_caches()
+    after, owners = _versions(), metadata.packages_distributions()
+    loaded = {_normal(name) for top in owners if top in sys.modules for name in owners[top]}
+    changed = {name for name in before if before[name] != after.get(name)}
+    if replaced := sorted(changed & loaded):
+        listing = ", ".join(f"{name} {before[name]} → {after.get(name)}" for name in replaced)
+        raise RestartNeeded(
+            f"Installed. This kernel had already loaded what was replaced: {listing}. "
+            "Restart it once (Colab: Runtime > Restart session), then run from the top."
+        )
+    print("Ready. No restart is needed.")
 
 
-def _versions():
-    return {
-        _normal(found.metadata["Name"]): found.version
-        for found in importlib.metadata.distributions()
-        if found.metadata["Name"]
-    }
+def _versions() -> dict[str, str]:
+    found = metadata.distributions()
+    return {_normal(one.metadata["Name"]): one.version for one in found if one.metadata["Name"]}
 
 
-def _loaded():
-    """The distributions of which this process has imported a module."""
-    owners = importlib.metadata.packages_distributions()
-    return {_normal(name) for top in owners if top in sys.modules for name in owners[top]}
-
-
-def _pip_install(wanted, constraints):
-    """pip or uv, held to the constraints; its output only when it fails."""
-    handle, path = tempfile.mkstemp(prefix="constraints", suffix=".txt")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(constraints) + "\n")
-        command = [*_installer(), "--constraint", path, *wanted]
+def _pip_install(wanted: list[str], held: list[str]) -> None:
+    """pip or uv, held to the versions of `held`; its output only when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder, "constraints.txt")
+        constraints.write_text("\n".join([*held, ""]), "utf-8")
+        command = [*_installer(), "--constraint", str(constraints), *wanted]
         done = subprocess.run(command, capture_output=True, text=True)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
     if done.returncode != 0:
         last_words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise RuntimeError(
@@ -233,8 +254,8 @@ def _pip_install(wanted, constraints):
         )
 
 
-def _installer():
+def _installer() -> list[str]:
     uv = shutil.which("uv")
-    if uv and not importlib.util.find_spec("pip"):  # an environment that uv made
+    if uv and not find_spec("pip"):  # an environment that uv made
         return [uv, "pip", "install", "-q", "--python", sys.executable]
-    return [*downloads.pip(), "install", "-q", "--no-input", "--disable-pip-version-check"]
+    return [*_downloads.pip(), "install", "-q", "--no-input", "--disable-pip-version-check"]

@@ -1,6 +1,6 @@
 """The table of measured cards for README, from the reports in `results/`.
 
-Standard library only and on its own, so that `python -m helpers sync` can load it by path.
+Standard library only and on its own, so that `python tests/house.py sync` can load it by path.
 """
 
 import json

@@ -1,0 +1,81 @@
+"""What a process may use: the processor, memory and cores, also in a container (all chapters)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
+
+
+def processor() -> tuple[set[str], str]:
+    """(instruction sets, vendor) of the CPU as the system lists them."""
+    if not (text := text_of(Path("/proc/cpuinfo"))):  # not Linux
+        return set(), platform.processor()
+    flags, vendor = (re.search(rf"(?m)^{key}\s*:\s*(.*)$", text) for key in ("flags", "vendor_id"))
+    return set(flags[1].split() if flags else ()), vendor[1] if vendor else ""
+
+
+def memory_bytes(device: str = "cpu") -> int:
+    """Bytes of memory there are: of the card, or of the machine or its container.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory
+    import psutil
+
+    return int(min(psutil.virtual_memory().total, _container_memory()[0]))
+
+
+def available_memory_bytes() -> int:
+    """Bytes of memory this process may still take, in a container within its limit."""
+    import psutil
+
+    limit, used = _container_memory()
+    return int(max(0, min(psutil.virtual_memory().available, limit - used)))
+
+
+def _container_memory() -> tuple[float, float]:
+    """(limit, in use) in bytes of the control group, version 2 or 1; no limit: infinite."""
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+         "total_inactive_file"),
+    ):  # fmt: skip
+        text = text_of(CGROUP / limit)
+        if text.isdigit() and int(text) < 2**60:  # version 1 says "none" by a huge number
+            # Pages of files count as used and are given up on demand.
+            spare = re.search(rf"(?m)^{cached} (\d+)", text_of(CGROUP / stat))
+            in_use = int(text_of(CGROUP / used) or 0) - int(spare[1] if spare else 0)
+            return int(text), max(0, in_use)
+    return float("inf"), 0
+
+
+def usable_cores() -> int:
+    """Number of CPU cores this process may use, at least 1.
+
+    A container of 8 cores on a machine of 128 shows all 128 to `os.cpu_count`.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    quota, _, period = text_of(CGROUP / "cpu.max").partition(" ")
+    if not period:  # version 1
+        quota = text_of(CGROUP / "cpu" / "cpu.cfs_quota_us")
+        period = text_of(CGROUP / "cpu" / "cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:  # not Linux, or the other version of control groups
+        return ""

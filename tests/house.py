@@ -1,0 +1,285 @@
+"""Keep the course's pages in step with its code, and the stored notebooks clean.
+
+    python tests/house.py sync                             badges, bootstrap cells, tables
+    python tests/house.py sync --repository you/yours      the same, for a fork
+    python tests/house.py store Chapter0 Chapter1          run and store with the outputs
+
+`sync` needs nothing but Python. `store` refuses what a reader would trip over: errors,
+stderr, progress-bar debris, absolute paths.
+"""
+
+import argparse
+import base64
+import json
+import re
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers import _files  # noqa: E402
+from helpers.course import doctor, notebooks, places  # noqa: E402
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+PAGE = "Troubleshooting.md"
+PICTURE = ".github/before-and-after.png"
+MEASURED = r"(?s)(<!-- measured cards -->).*?(<!-- /measured cards -->)"
+BADGE = (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/{repository}/blob/main/{name}.ipynb)"
+)
+BOOTSTRAP = """\
+# Brings the course to Colab, Kaggle or a pod; takes one card of several.
+import importlib.util
+import os
+import sys
+from tempfile import TemporaryDirectory
+
+assert sys.version_info >= (3, 11), "The course needs Python 3.11 or newer"
+url = "https://github.com/{repository}"
+places, folder = "course/places.py", "fine-tuning-course"
+origin = getattr(importlib.util.find_spec("helpers"), "origin", 0) or "./"
+if brought := not os.path.isfile(f"{os.path.dirname(origin)}/{places}"):
+    if "helpers" in sys.modules:
+        raise RuntimeError(f"Another `helpers` ({origin}) is loaded: restart")
+    why = f"rename {folder}, which holds something else"
+    if not os.path.isdir(folder):
+        os.environ["GIT_TERMINAL_PROMPT"] = "0"  # or it may wait forever
+        with TemporaryDirectory(dir=".") as at:
+            why = os.popen(f"git clone -q --depth 1 {url} {at}/c 2>&1").read()
+            if os.path.isfile(f"{at}/c/helpers/{places}"):
+                os.rename(f"{at}/c", folder)
+    if not os.path.isfile(f"{folder}/helpers/{places}"):
+        raise RuntimeError(f"No course from {url}: {why or 'other files'}")
+    os.chdir(folder)
+    sys.path.insert(0, os.getcwd())
+importlib.import_module("helpers.course.places").settle(brought)
+"""
+
+# The course's address in a page, whoever's it was; other links to GitHub are left alone.
+ADDRESSES = (
+    r'(?m)(^Repository = "https://github\.com/)[\w.-]+/[\w.-]+(?="$)',
+    r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/main/)",
+    r"(git clone [^\n]*https://github\.com/)[\w.-]+/[\w.-]+(?= fine-tuning-course\b)",
+)
+
+
+# ── in step ──────────────────────────────────────────────────────────────────────────────
+def sync(repository=None):
+    """Put badges, bootstrap cells and addresses, Troubleshooting.md, README's figure and its
+    table of cards in step; returns the names of the files that changed.
+
+    Stored outputs stay as they are. repository: 'owner/name' of a fork, which goes into
+    pyproject.toml too; ValueError for another form.
+    """
+    if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"repository must look like 'owner/name', not {repository!r}")
+    target = repository or places.address()
+    root, new = notebooks.root(), {}
+    for path in (root / "pyproject.toml", *sorted(root.glob("*.md"))):
+        new[path] = _with_address(path.read_text("utf-8"), target)
+    for path in map(notebooks.find, notebooks.written()):
+        new[path] = _notebook_in_step(path.read_text("utf-8"), target, path.stem)
+    new[root / PAGE] = troubleshooting()
+    readme = root / "README.md"
+    new[readme] = re.sub(MEASURED, lambda old: f"{old[1]}\n{_cards(root)}\n{old[2]}", new[readme])
+    new[root / PICTURE] = _picture()
+    changed = []
+    for path, content in new.items():
+        content = content.encode() if isinstance(content, str) else content
+        if not path.is_file() or path.read_bytes() != content:
+            _files.write_whole(path, content)
+            changed.append(path.name)
+    return changed
+
+
+def badge(name, repository=None):
+    """The 'Open in Colab' badge of a notebook, as Markdown."""
+    return BADGE.format(repository=repository or places.address(), name=name)
+
+
+def bootstrap(repository=None):
+    """The source of the bootstrap cell, the same in every notebook."""
+    return BOOTSTRAP.replace("{repository}", repository or places.address()).rstrip()
+
+
+def _with_address(text, repository):
+    for form in ADDRESSES:
+        text = re.sub(form, rf"\g<1>{repository}", text)
+    return text
+
+
+def _notebook_in_step(text, repository, name):
+    notebook, changed = json.loads(text), False
+    for cell in notebook["cells"]:
+        source = before = "".join(cell["source"])
+        if "bootstrap" in cell["metadata"].get("tags", []):
+            source = bootstrap(repository)
+        elif before.startswith("[![Open in Colab"):
+            source = badge(name, repository)
+        elif cell["cell_type"] == "markdown":
+            source = _with_address(before, repository)
+        if source != before:
+            cell["source"], changed = source.splitlines(keepends=True), True
+    # As nbformat writes it, which only those have who work on notebooks.
+    shape = {"indent": 1, "sort_keys": True, "ensure_ascii": False}
+    return json.dumps(notebook, **shape) + "\n" if changed else text
+
+
+def _picture():
+    """README's figure: the last one stored in Chapter 0, base model beside fine-tuned."""
+    cells = json.loads(notebooks.find("Chapter0").read_text("utf-8"))["cells"]
+    outputs = [output.get("data", {}) for c in cells for output in c.get("outputs", [])]
+    return base64.b64decode([o["image/png"] for o in outputs if "image/png" in o][-1])
+
+
+def _cards(root):
+    """README's table of measured cards, from the reports in tests/gpu/results."""
+    folder = root / "tests" / "gpu"
+    return runpy.run_path(str(folder / "measured.py"))["table"](folder / "results")
+
+
+def troubleshooting():
+    """The text of Troubleshooting.md, from helpers/course/symptoms.toml."""
+    kinds = [symptom.origin for symptom in doctor.SYMPTOMS.values() if symptom.error]
+    parts = [
+        "# Troubleshooting",
+        "What goes wrong in fine-tuning, why, and what helps. In a notebook, "
+        "`from helpers.course import doctor` and `doctor.explain()` after an error looks it up "
+        'here; so does `doctor.explain("the model never stops")`. '
+        "`python -m helpers doctor` checks the machine.",
+        f"Of the {len(doctor.SYMPTOMS)} entries, {kinds.count('library')} are errors that the "
+        "libraries, Python or the system really raise in this course's tests (some pretend a "
+        "second card or a broken installation; the error they get is the library's own); "
+        f"{kinds.count('course')} more are messages of the course itself. Those marked ° could "
+        "not be raised on a machine without a GPU or the Hub. This page is written by "
+        "`python tests/house.py sync` from `helpers/course/symptoms.toml`.",
+    ]
+    for title, symptoms in doctor.SECTIONS.items():
+        parts.append(f"## {title}")
+        for symptom in symptoms:
+            mark = " °" if symptom.origin == "read" else ""
+            parts.append(
+                f"**{symptom.title[0].upper()}{symptom.title[1:]}**{mark}  \n"
+                f"Cause: {symptom.cause}  \nCure: {symptom.cure}{_link(symptom.proof)}"
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def _link(proof):
+    if proof is None or proof[0] not in notebooks.written():
+        return ""
+    name, heading = proof
+    return f"  \nShown in [{name}]({name}.ipynb), “{heading}”."
+
+
+# ── fit to be stored ─────────────────────────────────────────────────────────────────────
+def store(name):
+    """Run a notebook and store it with its outputs; ValueError where it is not fit for it."""
+    import nbformat
+
+    path = notebooks.find(name)
+    notebook = nbformat.read(notebooks.run(name), as_version=4)
+    clean(notebook)
+    if found := complaints(notebook):
+        listing = "\n".join(f"  {one}" for one in found)
+        raise ValueError(f"{path.name} is not fit to be stored:\n{listing}")
+    _files.write_whole(path, nbformat.writes(notebook, version=4) + "\n")
+
+
+def clean(notebook):
+    """Remove what only a live session needs: times, widget views, kernel details.
+
+    The still picture of an explorer stays; consecutive stream outputs become one.
+    """
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type != "code":
+            continue
+        merged = []
+        for output in cell.outputs:
+            last = merged[-1] if merged else {}
+            if "name" in output and output.name == last.get("name"):  # stdout, stderr
+                last.text += output.text
+            else:
+                merged.append(output)
+            if "data" in output:
+                output.data.pop(WIDGET_VIEW, None)
+                output.metadata = {}
+        cell.outputs = merged
+
+
+def complaints(notebook):
+    """What a reader of the stored notebook would trip over, one line each."""
+    found = []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        if cell.source.strip() and cell.execution_count is None:
+            found.append(f"code cell {number} has not been run")
+        may_fail = "raises-exception" in cell.metadata.get("tags", [])
+        for output in cell.outputs:
+            text = _shown(output)
+            if output.output_type == "error" and not may_fail:
+                found.append(f"code cell {number} ends in {output.ename}: {output.evalue}")
+            if output.get("name") == "stderr":
+                found.append(f"code cell {number} wrote to stderr: {output.text[:300]!r}")
+            if path := _absolute_path(text):
+                found.append(f"code cell {number} shows an absolute path: {path}")
+            if "it/s]" in text or "\u2588" in text:
+                found.append(f"code cell {number} shows progress-bar debris")
+    if (size := len(json.dumps(notebook))) > 1_000_000:
+        found.append(f"the notebook has {size / 1e6:.1f} MB; the limit is 1 MB")
+    return found
+
+
+def _shown(output):
+    """What an output shows in letters; pictures are base64, which may spell anything."""
+    parts = [output.get("text", ""), output.get("evalue", ""), *output.get("traceback", [])]
+    for kind, value in output.get("data", {}).items():
+        if kind == "image/svg+xml" or not kind.startswith("image/"):
+            parts.append(value if isinstance(value, str) else json.dumps(value))
+    return re.sub(r"data:image/[\w+.-]+;base64,[\w+/=]+", "", "\n".join(parts))
+
+
+def _absolute_path(text):
+    text = text.replace("\\\\", "\\")  # repr and JSON double them in Windows' paths
+    ours = r"/(?:root|tmp|work|home|Users)/[\w./-]*"
+    if match := re.search(rf"{ours}|\b[A-Za-z]:\\Users\\[\w.\\-]*", text):
+        return match.group()
+    homes = {str(notebooks.root()), str(Path.home()), sys.prefix, tempfile.gettempdir()}
+    return next((home for home in homes if len(home) > 3 and home in text), None)
+
+
+def main(arguments=None):
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("sync", help="put pages, badges and bootstrap cells in step")
+    step.add_argument("--repository", metavar="OWNER/NAME", help="point them at a fork")
+    keep = commands.add_parser("store", help="run chapters and store them with their outputs")
+    keep.add_argument("chapters", nargs="+", metavar="CHAPTER", help="Chapter0, B, all, …")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "sync":
+            changed = sync(options.repository)
+            print(f"Changed: {', '.join(changed)}" if changed else "Everything is in step.")
+        else:
+            everything = options.chapters == ["all"]
+            for name in notebooks.written() if everything else options.chapters:
+                store(name)
+    except (ValueError, notebooks.NotebookError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
