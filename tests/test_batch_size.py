@@ -199,9 +199,12 @@ def test_the_memory_of_a_container_is_the_budget(trainer, peak, monkeypatch):
 
 
 class Card:
-    """A card of `size` bytes with `others` of other processes and `held` of ours."""
+    """A model of 100 bytes on a card of `size` bytes, with `others` of other processes.
 
-    def __init__(self, monkeypatch, size, others, held, reserved):
+    held: bytes of ours that are handed out; reserved: with the allocator's reserve.
+    """
+
+    def __init__(self, monkeypatch, size, others, held, reserved, parameters=()):
         free = size - others - reserved
         for name, value in (
             ("mem_get_info", (free, size)),
@@ -210,22 +213,20 @@ class Card:
         ):
             monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
         self.device = torch.device("cuda")
+        self.parameters = lambda: iter(parameters)
 
     def get_memory_footprint(self):
         return 100
 
-    def parameters(self):
-        return iter(())
 
-
-def test_the_scales_of_four_bit_weights_are_the_models_own():
+def test_the_scales_of_four_bit_weights_are_the_models_own(monkeypatch):
     from bitsandbytes.nn import LinearNF4
 
-    layer = LinearNF4(256, 256, bias=False).to("cpu")
-    layer.get_memory_footprint = lambda: layer.weight.nbytes  # as a model counts
-    scales = layer.weight.quant_state.absmax  # one byte a block: quantized twice
-    extra = batch_size._own_bytes(layer) - layer.weight.nbytes
-    assert extra >= scales.nbytes == 256 * 256 // 64
+    weight = LinearNF4(256, 256, bias=False).to("cpu").weight
+    scales = weight.quant_state.absmax.nbytes  # one byte a block: quantized twice
+    assert scales == 256 * 256 // 64
+    model = Card(monkeypatch, 10_000, 0, held=5000, reserved=5000, parameters=[weight])
+    assert batch_size._foreign(model) <= 5000 - 100 - scales
 
 
 def test_other_models_on_the_card_are_neither_budget_nor_peak(monkeypatch):

@@ -294,7 +294,7 @@ def test_an_argument_that_is_no_text_is_refused(export, tmp_path):
         ({"quantization": "q4"}, "quantization must be one of"),
         ({"processes": 0}, "processes must be at least 1"),
         ({"processes": 2}, "backend='single' is one process"),
-        ({"backend": "ddp", "processes": 3}, "cannot share per_device_train_batch_size=4"),
+        ({"backend": "ddp", "processes": 3}, "cannot share a batch of 4"),
         ({"quantization": "nf4", "lora": None}, "needs lora"),
     ],
 )

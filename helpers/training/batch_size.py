@@ -145,15 +145,12 @@ def _foreign(model: PreTrainedModel) -> int:
     if model.device.type != "cuda":
         return 0  # there `memory.measure` counts what the step uses, and nothing else
     gc.collect()  # what an earlier try left behind is nobody's any more
-    return max(0, torch.cuda.memory_allocated(model.device) - _own_bytes(model))
-
-
-def _own_bytes(model: PreTrainedModel) -> int:
-    """Parameters and buffers, and the scales of 4-bit weights, which are neither."""
+    # The scales of 4-bit weights are neither parameters nor buffers.
     states = (getattr(p, "quant_state", None) for p in model.parameters())
-    tensors = (t for s in states if s is not None for t in s.as_dict().values())
-    scales = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
-    return model.get_memory_footprint() + scales
+    parts = [part for s in states if s is not None for part in s.as_dict().values()]
+    scales = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    own = model.get_memory_footprint() + scales
+    return max(0, torch.cuda.memory_allocated(model.device) - own)
 
 
 def _extrapolate(peaks: dict[int, float], size: int) -> float:
@@ -248,11 +245,9 @@ def _untouched(trainer: SFTTrainer) -> Iterator[None]:
 
 def _enable_checkpointing(trainer: SFTTrainer) -> None:
     # As the first lines of transformers' `train()`: before them the model has none.
+    model: Any = trainer.model
+    given: Any = trainer.args.activation_checkpointing_kwargs or {}
+    settings = {"every_n_layers": 1, "offload": False} | given
+    own = {name: settings.pop(name) for name in ("every_n_layers", "offload")}
     if trainer.args.activation_checkpointing:
-        model: Any = trainer.model
-        settings: Any = dict(trainer.args.activation_checkpointing_kwargs or {})
-        model.activation_checkpointing_enable(
-            every_n_layers=settings.pop("every_n_layers", 1),
-            offload=settings.pop("offload", False),
-            activation_checkpointing_kwargs=settings or None,
-        )
+        model.activation_checkpointing_enable(settings or None, **own)

@@ -34,23 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "export_recipe", "run_recipe"]
 
-# What accelerate is told, by backend.
-_BACKENDS = json.loads(Path(__file__).with_name("backends.json").read_text(encoding="utf-8"))
-# Decided by the machine or the folder, or of no use in a file; and an old name.
-_LEFT_OUT = {"output_dir", "run_name", "logging_dir", "hub_token", "gradient_checkpointing"}
-_LEFT_OUT |= {"per_device_train_batch_size"}
-# LoraConfig's fields, as `trl sft` calls them; and what it notes about itself.
-_ADAPTER = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-}
-_NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"}
-_NOTES |= {"base_model_name_or_path", "revision"}
+# How `accelerate` and `trl sft` call what is chosen here.
+_WORDS = json.loads(Path(__file__).with_name("recipes.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,13 +77,12 @@ def export_recipe(
         model: a Hub id or a folder.
         args: what differs from SFTConfig's defaults is written.
         dataset: rows with 'prompt' and 'completion', or 'messages'.
-        lora: the adapter, None: all weights are trained.
+        lora: the adapter; None trains all weights.
         quantization: None, 'int8', 'fp4' or 'nf4' (with double quantization).
-        dtype: the dtype the model is loaded in.
+        dtype: what the model is loaded in.
         tokenizer: its chat template, EOS and padding token are written too.
         backend: 'single', 'ddp', 'fsdp2' or 'deepspeed' (ZeRO 2).
-        processes: how many; the batch of `args` is divided among them, so that an update
-            sees the same rows.
+        processes: they share the batch of `args`, so that an update sees the same rows.
 
     Returns:
         The folder and the command.
@@ -127,29 +111,32 @@ def export_recipe(
         "output_dir": str(folder / "trained"),
         "per_device_train_batch_size": args.per_device_train_batch_size // processes,
     }
-    recipe |= _arguments(args) | _adapter(lora) | _quantization(quantization, dtype, backend)
-    template = None
+    recipe |= _arguments(args) | (_adapter(lora) if lora else {})
+    if quantization:
+        recipe |= _WORDS["quantization"][quantization]
+    if quantization in ("fp4", "nf4") and backend == "fsdp2":  # cuts shards of one type
+        recipe["bnb_4bit_quant_storage"] = dtype
+    files = {}
     if tokenizer is not None:
         recipe |= {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
-        if template := tokenizer.chat_template:
+        if tokenizer.chat_template:
+            files["chat_template.jinja"] = tokenizer.chat_template
             recipe["chat_template_path"] = str(folder / "chat_template.jinja")
+    launch = _launch(backend, processes, args)
+    for name, content in (("recipe.yaml", recipe), ("accelerate.yaml", launch)):
+        files[name] = yaml.safe_dump(content, sort_keys=False)
     with atomic_path(folder) as partial:
         partial.mkdir()
         dataset.to_json(partial / "train.jsonl")
-        if template:
-            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
-        launch = _launch(backend, processes, args)
-        for name, content in (("recipe.yaml", recipe), ("accelerate.yaml", launch)):
-            text = yaml.safe_dump(content, sort_keys=False)
+        for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
     # By module: where scripts like `trl` lie differs, and on Colab not beside Python.
     train = ["-m", "trl.scripts.sft", "--config", str(folder / "recipe.yaml")]
     if backend == "single":
         return Recipe(folder, ["python", *train])
-    config_file = ["--config_file", str(folder / "accelerate.yaml")]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file"]
     note = "DeepSpeed has not been run by this course." if backend == "deepspeed" else ""
-    launcher = ["python", "-m", "accelerate.commands.launch", *config_file]
-    return Recipe(folder, [*launcher, *train], note)
+    return Recipe(folder, ["python", *launcher, str(folder / "accelerate.yaml"), *train], note)
 
 
 def run_recipe(
@@ -162,7 +149,7 @@ def run_recipe(
         threads: CPU threads for each process.
         limit_s: after so many seconds it is stopped.
         leave_s: after training, its processes are stopped when nothing was written for so
-            many seconds. PyTorch 2.13's gloo can wait for itself for good at the end.
+            many seconds: PyTorch 2.13's gloo can wait for itself for good at the end.
 
     Returns:
         The losses it logged.
@@ -176,36 +163,37 @@ def run_recipe(
         >>> run_recipe(recipe, threads=2)  # doctest: +SKIP
         [3.023, 2.256, 1.61]
     """
-    log = recipe.folder / "log.txt"
     environment = _environment(recipe.folder) | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *recipe.command[1:]]  # this Python, whatever `python` is
-    what = f"{' '.join(recipe.command)}, whose output is in {log},"
-    with open(log, "wb") as output:
+    with open(recipe.folder / "log.txt", "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     deadline = time.monotonic() + limit_s
     try:
         while (status := process.poll()) is None and not _is_left(recipe.folder, leave_s):
             if time.monotonic() > deadline:
-                end = _text(log)[-1500:]
-                raise TimeoutError(f"{what} was stopped after limit_s={limit_s} s. Its end:\n{end}")
+                raise TimeoutError(f"stopped after limit_s={limit_s} seconds: {_end(recipe)}")
             time.sleep(0.2)
     finally:
         _stop(process)
     if status:
-        raise RuntimeError(f"{what} failed. Its end:\n{_text(log)[-1500:]}")
-    # `trl sft` leaves no trainer_state.json unless it saves checkpoints.
-    return [float(loss) for loss in re.findall(r"'loss': '?([^',}]+)", _text(log))]
+        raise RuntimeError(f"failed with status {status}: {_end(recipe)}")
+    # `trl sft` leaves a trainer_state.json only where it saves checkpoints.
+    return [float(x) for x in re.findall(r"'loss': '?([^',}]+)", _output(recipe.folder))]
 
 
-def _text(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")
+def _output(folder: Path) -> str:
+    return (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+
+
+def _end(recipe: Recipe) -> str:
+    said = _output(recipe.folder)[-1500:]
+    return f"{' '.join(recipe.command)}\n{recipe.folder / 'log.txt'} ends with:\n{said}"
 
 
 def _is_left(folder: Path, seconds: float) -> bool:
     """Whether training has ended and for so long nothing in the folder was written."""
-    last_written = max(path.stat().st_mtime for path in folder.rglob("*"))
-    ended = "'train_runtime'" in _text(folder / "log.txt")
-    return ended and time.time() - last_written > seconds
+    last = max(path.stat().st_mtime for path in folder.rglob("*"))
+    return time.time() - last > seconds and "'train_runtime'" in _output(folder)
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -230,10 +218,11 @@ def _environment(folder: Path) -> dict[str, str]:
     processes, use_cpu = launch["num_processes"], settings.get("use_cpu") or launch["use_cpu"]
     cards = torch.cuda.device_count()
     _check_cards(processes, use_cpu, cards)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    # One process that sees several cards makes nn.DataParallel, which TRL refuses.
-    one_card = {"CUDA_VISIBLE_DEVICES": visible} if processes == 1 and cards > 1 else {}
-    return dict(os.environ) | one_card
+    environment = dict(os.environ)
+    if processes == 1 and cards > 1:  # or TRL refuses nn.DataParallel
+        first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = first
+    return environment
 
 
 def _check_cards(processes: int, use_cpu: bool, cards: int) -> None:
@@ -250,25 +239,22 @@ def _check_cards(processes: int, use_cpu: bool, cards: int) -> None:
 def _check(
     folder: Path, args: SFTConfig, lora: Any, quantization: str | None, backend: str, processes: int
 ) -> None:
-    one_of("backend", backend, _BACKENDS)
-    one_of("quantization", quantization, (None, "int8", "fp4", "nf4"))
+    one_of("backend", backend, _WORDS["backend"])
+    one_of("quantization", quantization, (None, *_WORDS["quantization"]))
     whole_number("processes", processes)
+    batch, quantized = args.per_device_train_batch_size, f"quantization={quantization!r}"
     if folder.exists():
         raise ValueError(f"folder={str(folder)!r} exists; choose a new one or remove it")
     if backend == "single" and processes > 1:
         raise ValueError(f"backend='single' is one process, not {processes}; use 'ddp' or 'fsdp2'")
-    if args.per_device_train_batch_size % processes:
-        raise ValueError(
-            f"processes={processes} cannot share per_device_train_batch_size="
-            f"{args.per_device_train_batch_size} equally; choose one that divides"
-        )
+    if batch % processes:
+        raise ValueError(f"processes={processes} cannot share a batch of {batch} rows equally")
     if quantization and lora is None:
-        raise ValueError(f"quantization={quantization!r} needs lora: only adapters can be trained")
+        raise ValueError(f"{quantized} needs lora: only adapters can be trained")
     if quantization and args.fp16 and not args.use_cpu:
         raise ValueError(
-            f"quantization={quantization!r} with fp16=True: `trl sft` makes the adapters "
-            "bfloat16, which the gradient scaler does not take; use bf16=True where a card "
-            "has it, or train with LeanSFTTrainer"
+            f"{quantized} with fp16=True: `trl sft` makes bfloat16 adapters, which the gradient "
+            "scaler does not take; use bf16=True where a card has it, or LeanSFTTrainer"
         )
     if cards := torch.cuda.device_count():  # where there is none, it is for another machine
         _check_cards(processes, args.use_cpu, cards)
@@ -279,8 +265,10 @@ def _arguments(args: SFTConfig) -> dict[str, Any]:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     found = {}
+    # Decided by the machine or the folder, of no use in a file, or an old name.
+    left_out = _WORDS["arguments left out"]
     for name, value in _changed(args):
-        if name in _LEFT_OUT or value in ([], {}) or value == AcceleratorConfig():
+        if name in left_out or value in ([], {}, AcceleratorConfig()):
             continue
         if not isinstance(value, str | int | float | bool | None | list | dict):
             raise ValueError(f"args.{name}={value!r} cannot be written into a file")
@@ -293,55 +281,34 @@ def _changed(config: SFTConfig | LoraConfig) -> Iterator[tuple[str, Any]]:
     for field in fields(config):
         make = field.default_factory
         default = field.default if make is MISSING else make()
-        value = getattr(config, field.name)
-        plain, usual = (x.value if isinstance(x, Enum) else x for x in (value, default))
-        if field.init and plain != usual:
-            yield field.name, plain
+        pair = getattr(config, field.name), default
+        value, usual = (x.value if isinstance(x, Enum) else x for x in pair)
+        if field.init and value != usual:
+            yield field.name, value
 
 
-def _adapter(lora: LoraConfig | None) -> dict[str, Any]:
-    if lora is None:
-        return {}
-    said = _NOTES | set(_ADAPTER)
-    if unsaid := [f"{name}={value!r}" for name, value in _changed(lora) if name not in said]:
+def _adapter(lora: LoraConfig) -> dict[str, Any]:
+    known = {*_WORDS["lora"], *_WORDS["lora notes about itself"]}
+    if unsaid := [f"{name}={value!r}" for name, value in _changed(lora) if name not in known]:
         raise ValueError(
             f"lora has {', '.join(unsaid)}, which `trl sft` has no setting for: the recipe "
             "would train another model. Leave it out, or train with a script of your own"
         )
-    chosen = {theirs: getattr(lora, name) for name, theirs in _ADAPTER.items()}
-    chosen["lora_target_modules"] = _targets(lora.target_modules)
-    chosen["lora_modules_to_save"] = lora.modules_to_save and list(lora.modules_to_save)
+    chosen = {theirs: getattr(lora, name) for name, theirs in _WORDS["lora"].items()}
+    targets = lora.target_modules
+    if targets and not isinstance(targets, str):
+        # TRL takes a list of one for a pattern that must match a module's whole name.
+        alone = [rf"(.*\.)?{re.escape(name)}" for name in targets]
+        chosen["lora_target_modules"] = alone if len(alone) == 1 else sorted(targets)
+    elif targets:
+        chosen["lora_target_modules"] = [targets]
     return {"use_peft": True} | {n: value for n, value in chosen.items() if value is not None}
 
 
-def _targets(modules: Any) -> list[str] | None:
-    if modules is None or isinstance(modules, str):
-        return [modules] if modules else None
-    # TRL takes a list of one for a pattern that must match a module's whole name.
-    alone = [rf"(.*\.)?{re.escape(name)}" for name in modules]
-    return alone if len(alone) == 1 else sorted(modules)
-
-
-def _quantization(quantization: str | None, dtype: str, backend: str) -> dict[str, Any]:
-    if quantization in (None, "int8"):
-        return {"load_in_8bit": True} if quantization else {}
-    chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": quantization}
-    # FSDP cuts its shards from tensors of one type.
-    storage = {"bnb_4bit_quant_storage": dtype} if backend == "fsdp2" else {}
-    return chosen | {"use_bnb_nested_quant": True} | storage
-
-
 def _launch(backend: str, processes: int, args: SFTConfig) -> dict[str, Any]:
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": _BACKENDS[backend]["distributed_type"],
-        "num_machines": 1,
-        "num_processes": processes,
-        "machine_rank": 0,
-        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
-        "use_cpu": bool(args.use_cpu),
-    }
-    config |= _BACKENDS[backend]
+    config = _WORDS["launch"] | _WORDS["backend"][backend] | {"num_processes": processes}
+    config["mixed_precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    config["use_cpu"] = bool(args.use_cpu)
     if backend == "ddp" and args.use_cpu:
         config["distributed_type"] = "MULTI_CPU"
     if backend == "deepspeed":

@@ -33,17 +33,13 @@ TILE = 4096 * 32_768
 def machine_settings(runtime: Runtime) -> dict[str, Any]:
     """`SFTConfig` keywords that the machine decides, not the lesson (Chapter 0).
 
-    On a CPU activation checkpointing is off (memory is plenty, recomputing costs time) and
-    so is autocast, since the model was loaded in the dtype it should compute in. A GPU gets
-    autocast in its native 16-bit type. Rows of similar length share a batch, so that little
-    padding is computed. A loss that is not a number is logged as such; transformers would
-    log the others' mean instead.
+    A CPU has memory to spare and computes in the dtype that the model was loaded in: no
+    checkpointing, no autocast. A GPU gets both, autocast in its native 16-bit type. Rows of
+    similar length share a batch, so that little padding is computed, and a loss that is not
+    a number is logged as such.
 
     Args:
         runtime: what `runtime.start()` returned.
-
-    Returns:
-        Keywords for `SFTConfig`.
 
     Example:
         >>> from helpers import runtime
@@ -68,19 +64,18 @@ def machine_settings(runtime: Runtime) -> dict[str, Any]:
 class LeanSFTTrainer(SFTTrainer):
     """SFTTrainer for short answers: vocabulary scores only where a label is trained.
 
-    The same loss and gradients as SFTTrainer's (tested), without scores for the prompt
-    and padding, without the tokens behind the last trained one, and without entropy
-    metrics, which on a CPU cost more than the adapters. On a GPU, where the answers of a
-    batch would need more scores than TRL's head ever holds at once, that head computes the
-    loss after all. Where no token is trained the loss is nan, as the model's own is.
-    On a CPU all that is not quantized shares one dtype, and 4-bit weights are unpacked
-    once per run instead of twice per step (`match_dtypes`, `models.dequantized_once`). With
-    `fp16=True` (a T4) what is trained is float32, the only type the gradient scaler takes.
-    Where a notebook sees several cards it trains on the first.
+    The same loss and gradients as SFTTrainer's (tested), without scores for prompt and
+    padding, without the tokens behind the last trained one, and without entropy metrics,
+    which on a CPU cost more than the adapters. On a GPU, where the answers of a batch need
+    more scores than TRL's head holds at once, that head computes the loss after all. Where
+    no token is trained the loss is nan, as the model's own is.
+    On a CPU all that is not quantized shares one dtype (`match_dtypes`), and 4-bit weights
+    are unpacked once per run. With `fp16=True` (a T4) what is trained is float32, the only
+    type the gradient scaler takes. Of several cards it uses the first.
 
     Args:
-        *args: as SFTTrainer's.
-        **kwargs: as SFTTrainer's.
+        *args: as SFTTrainer's, and so are the keywords.
+        **kwargs: `model`, `args`, `train_dataset`, `processing_class`, `peft_config`, ...
 
     Example:
         >>> trainer = LeanSFTTrainer(
@@ -152,9 +147,7 @@ def _tiles_save_memory(device: str, targets: torch.Tensor, vocabulary: int) -> b
     return device == "cuda" and int((targets != -100).sum()) * vocabulary > TILE
 
 
-def _without_tail(
-    targets: torch.Tensor, inputs: dict[str, Any]
-) -> tuple[torch.Tensor, dict[str, Any]]:
+def _without_tail(targets: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
     # Behind the last trained token of the batch nothing matters: no earlier position of a
     # causal model looks there. Two of some thirty tokens in a short chat.
     columns = (targets != -100).any(0).nonzero()
