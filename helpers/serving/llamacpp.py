@@ -50,12 +50,9 @@ def binary(name: str) -> Path:
 
 
 def find(name: str) -> Path | None:
-    """The path of a program where it is on this machine and new enough; builds nothing.
+    """As `binary`, but builds nothing: None where no program of that name will do.
 
     Of the course's own builds, one that this processor refuses is passed over.
-
-    Args:
-        name: as for `binary`, with the same errors for the folder that `LLAMA_CPP` names.
     """
     if chosen := os.environ.get(VARIABLE):
         places = (Path(chosen, inside, name + EXE) for inside in ("", "bin", "build/bin"))
@@ -78,7 +75,7 @@ def find(name: str) -> Path | None:
 
 
 def build(*, web_page: bool = False, cuda: bool = False) -> Path:
-    """Build the programs for this machine and keep them; what is there is not built again.
+    """Build the programs for this machine unless they are there; returns their folder.
 
     Options of your own for CMake go into the variable `CMAKE_ARGS`, as for
     llama-cpp-python; with others it is another build. A build that this processor refuses
@@ -88,9 +85,6 @@ def build(*, web_page: bool = False, cuda: bool = False) -> Path:
         web_page: with the server's chat page inside, made by npm (a minute or two more).
         cuda: for the card of this machine; needs `nvcc` (begun once, on 16 cores: half done
             after seven minutes, never seen to its end).
-
-    Returns:
-        The programs' folder.
 
     Raises:
         OSError: saying what is missing or what failed.
@@ -109,17 +103,10 @@ def build(*, web_page: bool = False, cuda: bool = False) -> Path:
 
 
 def options(name: str) -> list[str]:
-    """What a program needs on its command line to compute well on this machine.
+    """What llama-server or llama-perplexity needs on its command line on this machine.
 
-    Args:
-        name: 'llama-server' or 'llama-perplexity'.
-
-    Returns:
-        The number of threads where `OMP_NUM_THREADS` is set; '--no-repack' where the
-        fastest kernels are refused (tried once per process, on a tiny file).
-
-    Raises:
-        OSError: for programs of yours that do not compute either way.
+    The number of threads where `OMP_NUM_THREADS` is set; '--no-repack' where the fastest
+    kernels are refused. OSError for programs of yours that do not compute either way.
     """
     trial = _tried(binary(name).parent)
     if trial.refused:
@@ -152,11 +139,7 @@ def has_web_page() -> bool:
 
 
 def version(program: Path) -> str:
-    """What a program says to `--version`, as one line; '' when it does not answer.
-
-    Args:
-        program: its path.
-    """
+    """What a program says to `--version`, as one line; '' when it does not answer."""
     lines = _said(program, "--version").splitlines()
     return next((line for line in lines if line.startswith("version:")), "")
 
@@ -193,7 +176,7 @@ def _release(path: Path) -> str:
 def _is_new_enough(path: Path) -> bool:
     # Older programs say "version: 5123 (abc)", newer ones "version: 0.5.0 (build 1, …)".
     match = re.match(r"version: (\d+)(\.\d+)?", _release(path))
-    return bool(match) and (bool(match[2]) or int(match[1]) >= OLDEST_BUILD)
+    return match is not None and (bool(match[2]) or int(match[1]) >= OLDEST_BUILD)
 
 
 # ── the course's own builds ──────────────────────────────────────────────────────────────

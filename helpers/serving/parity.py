@@ -6,60 +6,27 @@ characters. `template_parity` renders conversations with the tokenizer that trai
 model, with llama.cpp's server, and with a Modelfile's TEMPLATE in Go's own engine.
 """
 
-import html
+from __future__ import annotations
+
 import json
 import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from helpers._report import Finding, Shown, card
+from helpers.serving._rest import Messages
 from helpers.serving.ollama import adds_bos, stop_words
 
-GO_PROGRAM = """\
-package main
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-import (
-	"encoding/json"
-	"os"
-	"strings"
-	"text/template"
-)
+    from helpers.serving.server import LlamaServer
 
-type Message struct{ Role, Content string }
-
-type Talk struct {
-	System   string
-	Messages []Message
-}
-
-type Job struct {
-	Template string
-	Talks    []Talk
-}
-
-func main() {
-	var job Job
-	check(json.NewDecoder(os.Stdin).Decode(&job))
-	engine, err := template.New("").Option("missingkey=zero").Parse(job.Template)
-	check(err)
-	texts := make([]string, len(job.Talks))
-	for i, talk := range job.Talks {
-		var out strings.Builder
-		check(engine.Execute(&out, talk))
-		texts[i] = out.String()
-	}
-	check(json.NewEncoder(os.Stdout).Encode(texts))
-}
-
-func check(err error) {
-	if err != nil {
-		os.Stderr.WriteString(err.Error())
-		os.Exit(1)
-	}
-}
-"""
 WHY = {
     "double_bos": "BOS stands twice: the template writes it and the server adds it",
     "missing_generation_prompt": "the prompt does not open the assistant's turn",
@@ -71,93 +38,100 @@ WHY = {
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One disagreement: where ('server', 'ollama'), which conversation, code, and texts."""
+class Difference(Finding):
+    """One disagreement: a finding, where ('server', 'ollama'), in which talk, both texts."""
 
     where: str
-    index: int | None
-    code: str
+    index: int | None = None
     expected: str = ""
     got: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         place = self.where if self.index is None else f"{self.where}, talk {self.index}"
-        text = f"{self.code} ({place}): {WHY[self.code]}"
-        if not self.expected:
-            return text
-        return f"{text}\n  training {self.expected!r}\n  serving  {self.got!r}"
+        text = f"{self.code} ({place}): {self.message}"
+        if self.expected:
+            text += f"\n  training {self.expected!r}\n  serving  {self.got!r}"
+        return text
 
 
-@dataclass(frozen=True)
-class Parity:
+@dataclass(frozen=True, repr=False)
+class Parity(Shown):
     """The outcome: what was compared, what was skipped and why, and the differences."""
 
     conversations: int
-    compared: tuple
-    skipped: dict
-    differences: tuple = field(repr=False)
+    compared: tuple[str, ...]
+    skipped: dict[str, str]
+    differences: tuple[Difference, ...]
 
     @property
-    def exact(self):
+    def exact(self) -> bool:
         """True when something was compared and nothing differs."""
         return bool(self.compared) and not self.differences
 
     @property
-    def codes(self):
+    def codes(self) -> set[str]:
         """The set of difference codes."""
         return {difference.code for difference in self.differences}
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.conversations} conversations, {', '.join(self.compared) or 'nothing'}"]
         lines += [f"not compared: {name} ({why})" for name, why in self.skipped.items()]
-        if self.exact:
-            lines.append("all equal")
-        lines += [str(difference) for difference in self.differences[:5]]
+        lines += ["all equal"] if self.exact else map(str, self.differences[:5])
         if (more := len(self.differences) - 5) > 0:
             lines.append(f"and {more} more")
         return "\n".join(lines)
 
-    def _repr_html_(self):
-        color = "#009E73" if self.exact else "#D55E00"
-        return (
-            f"<pre style='border-left:4px solid {color};padding-left:8px'>"
-            f"{html.escape(str(self))}</pre>"
-        )
+    def _repr_html_(self) -> str:
+        return card(str(self), "good" if self.exact else "bad")
 
 
-def template_parity(tokenizer, conversations, *, server=None, modelfile=None):
+def template_parity(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[Messages],
+    *,
+    server: LlamaServer | None = None,
+    modelfile: str | None = None,
+) -> Parity:
     """Compare the prompts of training with those of serving (Chapter 6).
 
-    conversations: lists of messages that end with the user. server: a running
-    `LlamaServer`; its template and its tokenizer are compared. modelfile: the text of a
-    Modelfile; its TEMPLATE runs in Go's text/template (skipped, with the reason, where the
-    program `go` is missing), and its stop words are checked. Returns a `Parity`.
+    Args:
+        tokenizer: the one that trained; its chat template is right by definition.
+        conversations: lists of messages that end with the user.
+        server: a running server, whose template and tokenizer are compared.
+        modelfile: the text of a Modelfile. Its stop words are checked, and its TEMPLATE runs
+            in Go's text/template (skipped, with the reason, without the program `go`).
+
+    Raises:
+        ValueError: for nothing to compare, and a TEMPLATE that Go refuses.
+
+    Example:
+        >>> with LlamaServer("model.gguf") as server:  # doctest: +SKIP
+        ...     template_parity(tokenizer, [question], server=server).exact
+        True
     """
     talks = [list(messages) for messages in conversations]
     if not talks or any(not talk or talk[-1]["role"] != "user" for talk in talks):
         raise ValueError("conversations must be lists of messages that end with the user")
     if server is None and modelfile is None:
         raise ValueError("server or modelfile: pass at least one to compare with")
-    expected = [
-        tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        for talk in talks
-    ]
-    compared, skipped, found = [], {}, []
+    asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    expected = [str(tokenizer.apply_chat_template(talk, **asked)) for talk in talks]
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""  # the servers add it as well
+    compared, skipped, found = [], {}, list[Difference]()
     if server is not None:
         got = [server.apply_template(talk) for talk in talks]
-        compared += ["text and tokens of llama.cpp's server"]
-        found += _texts("server", tokenizer, expected, got)
+        compared.append("text and tokens of llama.cpp's server")
+        # It takes a BOS off the rendered text when it will add its own.
+        bare = [[text.removeprefix(bos) for text in texts] for texts in (expected, got)]
+        found += _texts("server", tokenizer, *bare)
         found += _tokens(tokenizer, expected, got, server)
     if modelfile is not None:
-        found += _stops(tokenizer, modelfile)
         compared.append("stop words of the Modelfile")
+        found += _stops(tokenizer, modelfile)
         if shutil.which("go"):
-            got = render_go(modelfile, talks)
             compared.append("its TEMPLATE in Go")
-            wanted = expected
-            if adds_bos(tokenizer):  # Ollama adds it to what the template writes
-                got = [tokenizer.bos_token + text for text in got]
-            found += _texts("ollama", tokenizer, wanted, got)
+            got = [bos + text for text in _render_in_go(modelfile, talks)]
+            found += _texts("ollama", tokenizer, expected, got)
         else:
             skipped["its TEMPLATE"] = "no program `go`; on Debian: apt-get install golang-go"
     return Parity(len(talks), tuple(compared), skipped, tuple(found))
@@ -165,23 +139,17 @@ def template_parity(tokenizer, conversations, *, server=None, modelfile=None):
 
 def _texts(where, tokenizer, expected, got):
     for index, (want, have) in enumerate(zip(expected, got, strict=True)):
-        # llama.cpp's server takes a BOS off the rendered text when it will add its own.
-        if where == "server" and adds_bos(tokenizer):
-            want = want.removeprefix(tokenizer.bos_token)
-            have = have.removeprefix(tokenizer.bos_token)
         if want != have:
-            yield Difference(where, index, _diagnose(tokenizer, want, have), want, have)
+            code = _diagnose(tokenizer.bos_token, want, have)
+            yield Difference(code, WHY[code], where, index, want, have)
 
 
-def _diagnose(tokenizer, want, have):
-    bos = tokenizer.bos_token or ""
+def _diagnose(bos: str | None, want: str, have: str) -> str:
     if bos and have == bos + want:
         return "double_bos"
     if want.split() == have.split():
         return "trailing_newline"
-    if want.startswith(have):
-        return "missing_generation_prompt"
-    return "different_text"
+    return "missing_generation_prompt" if want.startswith(have) else "different_text"
 
 
 def _tokens(tokenizer, expected, got, server):
@@ -189,12 +157,11 @@ def _tokens(tokenizer, expected, got, server):
     for index, (want, have) in enumerate(zip(expected, got, strict=True)):
         ids = tokenizer(want, add_special_tokens=False).input_ids
         theirs = server.tokenize(have, add_special=True)
-        if theirs == ids:
-            continue
         double = bos is not None and theirs[:2] == [bos, bos] and ids[:2] != [bos, bos]
-        code = "double_bos" if double else "different_tokens"
-        if double or want == have:  # differing texts were reported as such
-            yield Difference("server", index, code, str(ids), str(theirs))
+        # Differing texts were reported as such.
+        if theirs != ids and (double or want == have):
+            code = "double_bos" if double else "different_tokens"
+            yield Difference(code, WHY[code], "server", index, str(ids), str(theirs))
 
 
 def _stops(tokenizer, modelfile):
@@ -204,20 +171,19 @@ def _stops(tokenizer, modelfile):
     ]
     # One token that surely ends an answer is enough: the first of ours.
     if not set(stop_words(tokenizer)[:1]) & set(stops):
-        yield Difference("ollama", None, "missing_stop")
+        yield Difference("missing_stop", WHY["missing_stop"], "ollama")
 
 
-def render_go(modelfile, talks):
-    """Render conversations with a Modelfile's TEMPLATE in Go's engine, as Ollama would.
+def _render_in_go(modelfile: str, talks: list[list]) -> list[str]:
+    """Conversations through a Modelfile's TEMPLATE, as Ollama would render them.
 
     Ollama hands the template the messages and, apart, the system message: that of the
-    talk, or the Modelfile's SYSTEM. Raises ValueError when Go refuses the template.
+    talk, or the Modelfile's SYSTEM.
     """
-    template = _field(modelfile, "TEMPLATE")
+    template, default = _field(modelfile, "TEMPLATE"), _field(modelfile, "SYSTEM")
     if template is None:
         raise ValueError('modelfile has no TEMPLATE """…""" to render')
-    default = _field(modelfile, "SYSTEM")
-    job = {"Template": template, "Talks": []}
+    job: dict[str, Any] = {"Template": template, "Talks": []}
     for talk in talks:
         if default is not None and talk[0]["role"] != "system":
             talk = [{"role": "system", "content": default}, *talk]
@@ -225,13 +191,11 @@ def render_go(modelfile, talks):
         messages = [{"Role": m["role"], "Content": m["content"]} for m in talk]
         job["Talks"].append({"System": system, "Messages": messages})
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "render.go")
-        program.write_text(GO_PROGRAM, encoding="utf-8")
         done = subprocess.run(
-            ["go", "run", str(program)],
+            ["go", "run", Path(__file__).with_name("render.go")],
             input=json.dumps(job),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             cwd=folder,
         )
     if done.returncode:
@@ -239,6 +203,6 @@ def render_go(modelfile, talks):
     return json.loads(done.stdout)
 
 
-def _field(modelfile, name):
+def _field(modelfile: str, name: str) -> str | None:
     match = re.search(rf'(?ms)^{name} """(.*?)"""', modelfile)
     return match and match[1]

@@ -1,32 +1,31 @@
 """Serve a GGUF model with llama.cpp on this machine, and ask it (Chapter 6).
 
-    with serving.LlamaServer("model.gguf") as server:
-        server.chat([{"role": "user", "content": "Hello?"}])
-
 The server listens on 127.0.0.1 only: nothing outside this machine can reach it, and it
-ends with the block. Ollama's side lives in `helpers.ollama`, comparing the two with the
-training side in `helpers.parity`.
+ends with the block. Ollama's side lives in `ollama`, comparing the two with the training
+side in `parity`.
 """
+
+from __future__ import annotations
 
 import atexit
 import contextlib
 import ctypes
-import json
 import os
-import queue
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Self
 
-from helpers.serving import _programs, gguf, llamacpp
+from helpers._checks import whole_number
+from helpers.serving import _programs, _rest, gguf, llamacpp
+from helpers.serving._rest import Messages
 
 HOST = "127.0.0.1"
 GREEDY = {"temperature": 0.0, "top_k": 1, "cache_prompt": False}
@@ -35,57 +34,85 @@ GREEDY = {"temperature": 0.0, "top_k": 1, "cache_prompt": False}
 class LlamaServer:
     """llama.cpp's server for one model, as a context manager (Chapter 6).
 
-    model: path of a GGUF file. adapter: path of an adapter's GGUF, applied on top. port: 0
-    takes a free one. context: tokens each request may use. slots: requests served at once.
-    template: a Jinja chat template to use instead of the file's own.
-    `url` is the address, also of the web page where llama.cpp was built with it. `key` is
-    the password that a request must bring along (`Authorization: Bearer …`); a new one each
-    time, so that no other program or web page of this machine can ask.
+    Args:
+        model: path of a GGUF file.
+        adapter: path of an adapter's GGUF, applied on top.
+        port: 0 takes a free one.
+        context: tokens each request may use.
+        slots: requests served at once.
+        template: a Jinja chat template to use instead of the file's own.
 
-    Raises ValueError for a damaged file and a taken port, RuntimeError with the server's
-    last words when it does not start.
+    Attributes:
+        key: the password that a request must bring along (`Authorization: Bearer …`); a new
+            one each time, so that no other program or web page of this machine can ask.
+
+    Raises:
+        ValueError: for a damaged file and a taken port.
+        RuntimeError: with the server's last words, when it does not start.
+
+    Example:
+        >>> with LlamaServer("model.gguf") as server:  # doctest: +SKIP
+        ...     server.chat([{"role": "user", "content": "Hello?"}])
     """
 
-    def __init__(self, model, *, adapter=None, port=0, context=1024, slots=4, template=None):
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        port: int = 0,
+        context: int = 1024,
+        slots: int = 4,
+        template: str | None = None,
+    ) -> None:
         self.key = secrets.token_urlsafe(24)
-        self.model, self.adapter = Path(model), adapter and Path(adapter)
+        self.model, self.adapter = Path(model), Path(adapter) if adapter else None
         for path in filter(None, (self.model, self.adapter)):
             gguf.inspect(path)  # says what is wrong with a file better than the server
         self.port = _free_port(port)
         self.context, self.slots, self.template = context, slots, template
-        self._process = self._scratch = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._said = ""
 
     @property
-    def url(self):
-        """Where it listens, such as 'http://127.0.0.1:43211'."""
+    def url(self) -> str:
+        """Where it listens, also its web page, such as 'http://127.0.0.1:43211'."""
         return f"http://{HOST}:{self.port}"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
+        # Linux counts a parent's death by the *thread* that started the child: ours lives as
+        # long as the server, yours may be one of a pool or of a widget's callback.
+        self._starter = ThreadPoolExecutor(1, "llama-server")
         self._scratch = tempfile.TemporaryDirectory(prefix="llama-server-")
-        self._log = Path(self._scratch.name, "log")
-        with open(self._log, "wb") as log:
-            self._process = _start(
-                self._command(),
+        scratch = Path(self._scratch.name)
+        # The key is not on the command line, where every user of the machine could read it;
+        # and programs too old to know a variable start all the same.
+        own = {"LLAMA_API_KEY": self.key, "LLAMA_ARG_CORS_ORIGINS": "localhost"}
+        with open(scratch / "log", "wb") as log:
+            self._process = self._starter.submit(
+                subprocess.Popen,
+                self._command(scratch),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment()},
+                env={**os.environ, **own},
                 start_new_session=True,  # Ctrl-C reaches us, and we stop it
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
+            ).result()
         atexit.register(self.stop)
         try:
-            self._wait_until_healthy()
+            self._wait_until_healthy(self._process)
         except BaseException:
             self.stop()
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _command(self):
-        command = [llamacpp.binary("llama-server"), "--model", self.model]
+    def _command(self, scratch: Path) -> list[str]:
+        command: list[object] = [llamacpp.binary("llama-server"), "--model", self.model]
         command += ["--host", HOST, "--port", self.port, "--offline"]
         command += ["--ctx-size", self.context * self.slots, "--parallel", self.slots]
         # Where it has a card it puts as many layers there as fit, by itself.
@@ -93,32 +120,27 @@ class LlamaServer:
         if self.adapter:
             command += ["--lora", self.adapter]
         if self.template is not None:
-            path = Path(self._scratch.name, "template.jinja")
+            path = scratch / "template.jinja"
             path.write_text(self.template, encoding="utf-8")
             command += ["--jinja", "--chat-template-file", path]
         return [str(part) for part in command]
 
-    def _environment(self):
-        # Not on the command line, where every user of the machine could read the key; and
-        # programs too old to know a variable start all the same.
-        return {"LLAMA_API_KEY": self.key, "LLAMA_ARG_CORS_ORIGINS": "localhost"}
-
-    def _wait_until_healthy(self, seconds=300):
+    def _wait_until_healthy(self, process: subprocess.Popen[bytes], seconds: int = 300) -> None:
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(
-                    f"llama-server {_programs.how_it_ended(self._process.returncode)} "
-                    f"instead of serving {self.model.name}. Its last words:\n{self.log()}"
-                )
-            with contextlib.suppress(OSError, ConnectionError):  # not listening yet: 503
-                # Whoever answers on that port may be somebody else: do not wait long.
-                if self._request("/health", None, seconds=2).get("status") == "ok":
+        while process.poll() is None and time.monotonic() < deadline:
+            # Not listening yet, or 503. Whoever answers there may be somebody else: do not
+            # wait long.
+            with contextlib.suppress(OSError, ValueError):
+                if _rest.ask(f"{self.url}/health", key=self.key, seconds=2)["status"] == "ok":
                     return
             time.sleep(0.1)
-        raise RuntimeError(f"llama-server was not ready after {seconds} s:\n{self.log()}")
+        how = f"was not ready after {seconds} s"
+        if process.poll() is not None:
+            ended = _programs.how_it_ended(process.returncode)
+            how = f"{ended} instead of serving {self.model.name}"
+        raise RuntimeError(f"llama-server {how}. Its last words:\n{self.log()}")
 
-    def stop(self):
+    def stop(self) -> None:
         """End the server; does nothing when it has ended."""
         atexit.unregister(self.stop)
         if self._process is not None and self._process.poll() is None:
@@ -129,118 +151,102 @@ class LlamaServer:
                 self._process.kill()
                 self._process.wait()
         if self._scratch is not None:
-            self._last_words = self.log()
+            self.log()  # kept
             self._scratch.cleanup()
             self._scratch = None
+            self._starter.shutdown()
 
-    def log(self, lines=12):
-        """The last lines of what the server said."""
-        if self._scratch is None:
-            return getattr(self, "_last_words", "")
-        text = self._log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+    def log(self, lines: int = 12) -> str:
+        """The last `lines` of what the server said."""
+        if self._scratch is not None:
+            path = Path(self._scratch.name, "log")
+            self._said = path.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(self._said.splitlines()[-lines:])
 
     # ── asking ───────────────────────────────────────────────────────────────────────────
-    def get(self, path):
-        """GET a path of the REST API; returns the decoded JSON."""
-        return self._request(path, None)
+    def get(self, path: str) -> Any:
+        """GET a path of the REST API, such as '/health'; returns the decoded JSON."""
+        return self.post(path, None)
 
-    def post(self, path, payload):
-        """POST `payload` as JSON to a path of the REST API; returns the decoded JSON."""
-        return self._request(path, json.dumps(payload).encode())
+    def post(self, path: str, payload: dict[str, Any] | None) -> Any:
+        """POST `payload` as JSON to a path of the REST API; returns the decoded JSON.
 
-    def _request(self, path, data, seconds=600):
-        if self._process is None:
-            raise RuntimeError("the server is not running; use it in a `with` block")
-        if (status := self._process.poll()) is not None:
+        Raises:
+            ConnectionError: with what the server said against it.
+            RuntimeError: when the server is not running.
+        """
+        if self._process is None or self._process.poll() is not None:
+            status = self._process.returncode if self._process else None
+            how = "" if status is None else f"it {_programs.how_it_ended(status)}; "
             raise RuntimeError(
-                f"the server is not running; it {_programs.how_it_ended(status)}; use it "
-                f"in a `with` block\n{self.log()}"
+                f"the server is not running; {how}use it in a `with` block\n{self.log()}"
             )
-        headers = {"Content-Type": "application/json"}
-        headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url + path, data, headers)
-        # A proxy of the environment must not see requests to this machine.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=seconds) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            raise ConnectionError(f"{path}: HTTP {error.code}: {said[:400]}") from None
+        return _rest.ask(self.url + path, payload, key=self.key)
 
-    def complete(self, prompt, *, max_tokens=64, stop=(), **options):
+    def complete(
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int = 64,
+        stop: Iterable[str] = (),
+        **options: Any,
+    ) -> str:
         """Continue a prompt greedily; returns the new text.
 
-        prompt: text as the model should read it, special tokens included, or token ids.
-        stop: texts that end the answer (EOS always does). options: any other field of
-        `/completion`.
+        Args:
+            prompt: text as the model should read it, special tokens included, or token ids.
+            max_tokens: at most so many new tokens.
+            stop: texts that end the answer (EOS always does).
+            options: any other field of `/completion`.
         """
         payload = {"prompt": prompt, "n_predict": max_tokens, "stop": list(stop)}
         return self.post("/completion", GREEDY | payload | options)["content"]
 
-    def chat(self, messages, *, max_tokens=64, **options):
-        """Answer a conversation greedily, through the chat template of the GGUF file."""
+    def chat(self, messages: Messages, *, max_tokens: int = 64, **options: Any) -> str:
+        """Answer a conversation greedily, through the chat template of the GGUF file.
+
+        Args:
+            messages: dicts with 'role' and 'content'.
+            max_tokens: at most so many new tokens.
+            options: any other field of `/v1/chat/completions`.
+        """
         payload = {"messages": list(messages), "max_tokens": max_tokens}
         answer = self.post("/v1/chat/completions", GREEDY | payload | options)
         return answer["choices"][0]["message"]["content"]
 
-    def tokenize(self, text, *, add_special=False):
-        """Token ids of a text in which special tokens may be written out.
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of a text.
 
-        add_special: let the server put BOS in front where the model wants one, as it does
-        with every prompt.
+        Args:
+            text: may hold special tokens, written out.
+            add_special: let the server put BOS in front where the model wants one, as it
+                does with every prompt.
         """
         payload = {"content": text, "add_special": add_special, "parse_special": True}
         return self.post("/tokenize", payload)["tokens"]
 
-    def apply_template(self, messages):
+    def apply_template(self, messages: Messages) -> str:
         """The prompt that `chat` would send: messages through the chat template."""
         return self.post("/apply-template", {"messages": list(messages)})["prompt"]
 
 
-def _free_port(port):
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-        raise ValueError(f"port must be 0 (any free one) to 65535, not {port!r}")
-    with socket.socket() as probe:
-        if sys.platform == "win32":  # there SO_REUSEADDR would share a port in use
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ValueError(
-                f"port={port} cannot be used ({error.strerror}): something else listens "
-                "there. Use port=0 for any free one"
-            ) from None
-        return probe.getsockname()[1]
+def _free_port(port: int) -> int:
+    whole_number("port", port, 0, 65535)
+    try:
+        with socket.create_server((HOST, port)) as probe:
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise ValueError(
+            f"port={port} cannot be used ({error.strerror}): something else listens there. "
+            "Use port=0 for any free one"
+        ) from None
 
 
-def _start(command, **settings):
-    """`subprocess.Popen` in a thread that lives as long as the process it starts.
-
-    Linux counts a parent's death by the *thread* that started the child: a server started
-    in a thread pool or in a widget's callback would be killed when that thread ends.
-    """
-    answer = queue.SimpleQueue()
-
-    def run():
-        try:
-            process = subprocess.Popen(command, **settings)
-        except BaseException as error:
-            answer.put(error)
-            return
-        answer.put(process)
-        process.wait()
-
-    threading.Thread(target=run, daemon=True, name="llama-server").start()
-    if isinstance(found := answer.get(), BaseException):
-        raise found
-    return found
+if sys.platform == "linux":  # loaded here: a fork of a process with threads must not
+    _prctl = ctypes.CDLL(None).prctl
 
 
-def _die_with_parent():
+def _die_with_parent() -> None:
     # Linux: the kernel stops the server when Python goes, however it goes. Not by SIGTERM:
     # a graceful stop was seen to hang for minutes, and there is nothing to save.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    _prctl(1, signal.SIGKILL)
