@@ -917,7 +917,7 @@ def test_packages_that_only_a_part_of_the_course_needs_are_a_warning(monkeypatch
 def test_other_versions_than_the_tested_ones_are_a_warning(monkeypatch):
     torch_here = runtime.package_version("torch").split("+")[0]
     tested = places.tested_versions() | {"trl": "0.12.0", "torch": torch_here}
-    monkeypatch.setattr(places, "tested_versions", lambda: tested)
+    monkeypatch.setattr(places, "tested_versions", lambda folder=None: tested)
     level, text = doctor.LOOKS["packages"]()
     assert level == doctor.WARN and "(tested: 0.12.0)" in text
     assert "torch" not in text, "the build's name after the plus does not count"

@@ -332,7 +332,7 @@ def explorer():
     """The live panel's parts, as a reader's clicks reach them."""
     from helpers.course import widgets
 
-    panel = widgets._bit_panel(floats, floats.encode(1, "fp16"))
+    panel = widgets._bit_panel(floats.encode(1, "fp16"))
     (kind, number), (buttons, picture) = panel.children[0].children, panel.children[1:]
     return kind, number, buttons, picture
 
