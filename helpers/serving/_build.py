@@ -19,6 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from helpers import _downloads, runtime
+from helpers.serving import _programs
 
 REQUIREMENT = "llama-cpp-python==0.3.36"
 SDIST_BYTES = 76_589_250
@@ -134,14 +135,7 @@ def _call(command, folder, bar=None):
     command = [str(part) for part in command]
     lines: deque[str] = deque(maxlen=12)
     with subprocess.Popen(
-        command,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
+        command, cwd=folder, start_new_session=True, **_programs.PIPED
     ) as process:
         try:
             for line in process.stdout or ():

@@ -73,10 +73,7 @@ class GGUFFile(Shown):
 
 
 def inspect(path: str | Path) -> GGUFFile:
-    """Read a GGUF file's metadata and list of tensors.
-
-    Args:
-        path: the file.
+    """Read the metadata and the list of tensors of the GGUF file at `path`.
 
     Raises:
         FileNotFoundError: when there is none.

@@ -7,18 +7,18 @@ import subprocess
 from collections.abc import Iterable
 from typing import Any
 
+PIPED: dict[str, Any] = {  # nothing asked of the user, all words on one channel
+    "stdin": subprocess.DEVNULL,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "encoding": "utf-8",
+    "errors": "replace",
+}
+
 
 def run(command: Iterable[object], **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; `.stdout` is all that it said, on both channels."""
-    return subprocess.run(
-        [str(part) for part in command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        **settings,
-    )
+    return subprocess.run([str(part) for part in command], **PIPED, **settings)
 
 
 def how_it_ended(status: int) -> str:

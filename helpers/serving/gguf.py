@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,14 +74,12 @@ def convert_model(
             f"folder={str(folder)!r} has no tokenizer ({', '.join(names)}), and a GGUF file "
             "carries it: call `tokenizer.save_pretrained(folder)` first"
         )
-    if _json(folder / "config.json").get("quantization_config"):
+    if json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config"):
         raise ValueError(
             f"folder={str(folder)!r} holds a quantized model: load the base in float32 or "
             "16 bits, merge the adapter into that, and save it again"
         )
-    with _new_file(out, overwrite) as partial:
-        _convert("convert_hf_to_gguf.py", [folder, "--outtype", dtype], partial)
-    return Path(out)
+    return _convert("convert_hf_to_gguf.py", [folder, "--outtype", dtype], out, overwrite)
 
 
 def convert_adapter(
@@ -110,10 +108,8 @@ def convert_adapter(
     adapter = _folder("adapter", adapter, "adapter_config.json")
     base = _folder("base", base, "config.json")
     _check_adapter(adapter, base)
-    with _new_file(out, overwrite) as partial:
-        arguments = [adapter, "--base", base, "--outtype", dtype]
-        _convert("convert_lora_to_gguf.py", arguments, partial)
-    return Path(out)
+    arguments = [adapter, "--base", base, "--outtype", dtype]
+    return _convert("convert_lora_to_gguf.py", arguments, out, overwrite)
 
 
 def _check_adapter(adapter: Path, base: Path) -> None:
@@ -122,7 +118,7 @@ def _check_adapter(adapter: Path, base: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     weights = _folder("adapter", adapter, "adapter_model.safetensors") / "adapter_model.safetensors"
-    config = _json(adapter / "adapter_config.json")
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     for name, why in (
         ("use_dora", "DoRA's magnitudes are unknown to llama.cpp"),
         ("alpha_pattern", "llama.cpp knows one alpha for all layers"),
@@ -155,18 +151,11 @@ def _check_adapter(adapter: Path, base: Path) -> None:
             )
 
 
-def _convert(script: str, arguments: list[object], out: Path) -> None:
+def _convert(script: str, arguments: list[object], out: str | Path, overwrite: bool) -> Path:
     source = llamacpp.source_folder()
-    environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
     command = [sys.executable, source / script, *arguments, "--outfile", out]
-    done = _programs.run(command, env=environment)
-    if match := re.search(r"Model (\S+) is not supported", done.stdout):
-        raise ValueError(
-            f"llama.cpp has no converter for {match[1]} (OPT is one of those): fine-tune a "
-            "model of the Llama, Qwen, Gemma, Phi or Mistral kind"
-        )
-    if done.returncode or not out.is_file():
-        raise _failed(script, done)
+    environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
+    return _write(script, command, out, overwrite, env=environment)
 
 
 # ── quantizing ───────────────────────────────────────────────────────────────────────────
@@ -192,11 +181,8 @@ def quantize(
             f"source={str(source)!r} is {found.kind} already: quantize from an f16 file, "
             "because every quantization loses something"
         )
-    with _new_file(out, overwrite) as partial:
-        done = _programs.run([llamacpp.binary("llama-quantize"), source, partial, kind])
-        if done.returncode:
-            raise _failed("llama-quantize", done)
-    return Path(out)
+    command = [llamacpp.binary("llama-quantize"), source, out, kind]
+    return _write("llama-quantize", command, out, overwrite)
 
 
 # ── fidelity ─────────────────────────────────────────────────────────────────────────────
@@ -264,10 +250,22 @@ def _failed(what: str, done: subprocess.CompletedProcess[str]) -> Exception:
     return kind(f"{what} {ended}. Its last words:\n{said}")
 
 
-def _new_file(out: str | Path, overwrite: bool) -> AbstractContextManager[Path]:
+def _write(
+    name: str, command: Iterable[object], out: str | Path, overwrite: bool, **settings: Any
+) -> Path:
+    """Let a command that names `out` write it: whole, or not at all."""
     if Path(out).suffix != ".gguf":
         raise ValueError(f"out must end in .gguf, not {Path(out).name!r}")
-    return atomic_path(out, overwrite=overwrite)
+    with atomic_path(out, overwrite=overwrite) as partial:
+        done = _programs.run([partial if x is out else x for x in command], **settings)
+        if match := re.search(r"Model (\S+) is not supported", done.stdout):
+            raise ValueError(
+                f"llama.cpp has no converter for {match[1]} (OPT is one of those): fine-tune a "
+                "model of the Llama, Qwen, Gemma, Phi or Mistral kind"
+            )
+        if done.returncode or not partial.is_file():
+            raise _failed(name, done)
+    return Path(out)
 
 
 def _folder(name: str, value: str | Path, needed: str) -> Path:
@@ -276,7 +274,3 @@ def _folder(name: str, value: str | Path, needed: str) -> Path:
         what = "has no" if folder.is_dir() else "is not a folder; wanted is one with"
         raise ValueError(f"{name}={str(value)!r} {what} {needed}")
     return folder
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
