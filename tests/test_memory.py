@@ -161,7 +161,7 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
 def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
     layers = 8
-    config = _step.config_with(TINY[kind], layers)
+    config = configs.config_with(TINY[kind], layers)
     for lora, quantization, kernels in [
         (None, None, "cpu"),
         (4, "nf4", "cuda"),
@@ -172,7 +172,7 @@ def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
             kernels=kernels, gradient_accumulation=checkpointing,
         )  # fmt: skip
         full = _step.trace(config, run)
-        short = _step.trace(_step.config_with(config, _trace.SHORT), run).extrapolate(layers)
+        short = _step.trace(configs.config_with(config, _trace.SHORT), run).extrapolate(layers)
         assert sorted(e[1:] for e in short.events) == sorted(e[1:] for e in full.events)
         # int8's inputs die with the graph, in any order, when all is over
         if quantization != "int8":
@@ -209,8 +209,8 @@ def test_irregular_layers_are_traced_in_full():
     smol = transformers.SmolLM3Config(
         **GROUPED | {"num_hidden_layers": 5}, no_rope_layer_interval=4, **ENDS
     )
-    assert _step._irregular(smol, None)
-    assert not _step._irregular(TINY["llama"], None)
+    assert configs.irregular(smol, None)
+    assert not configs.irregular(TINY["llama"], None)
     run = cpu_choices(dtype=torch.float32)
     assert _step.trace(smol, run).peak()[0] == real_peak(smol, run)
     # two kinds of layers side by side: a short trace notices by itself
@@ -218,7 +218,7 @@ def test_irregular_layers_are_traced_in_full():
         **GROUPED | {"num_hidden_layers": 6}, head_dim=8, sliding_window=8, **ENDS
     )
     run = cpu_choices(attention="eager", dtype=torch.float32)
-    assert _step.trace(_step.config_with(gemma, _trace.SHORT), run).extrapolate(6) is None
+    assert _step.trace(configs.config_with(gemma, _trace.SHORT), run).extrapolate(6) is None
     assert _step.trace(gemma, run).peak()[0] == real_peak(gemma, run)
     whole = memory.estimate_training(gemma, attention="eager", dtype="float32").trace
     assert sum(("forward", i) in (name for _, name in whole.marks) for i in range(9)) == 6
@@ -648,7 +648,7 @@ def test_activations_grow_with_tokens_and_scores_with_their_square():
 
 def test_layers_add_the_same_each_and_checkpointing_keeps_one_vector_per_token():
     def at(layers, **choices):
-        config = _step.config_with(TINY["llama"], layers)
+        config = configs.config_with(TINY["llama"], layers)
         return memory.estimate_training(
             config, dtype="float32", sequence_length=256, lora=4, **choices
         ).instants["loss"]

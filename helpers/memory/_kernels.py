@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from helpers.memory._allocator import rounded
-from helpers.memory.cards import AMPERE, attention_kernels, processors
+from helpers.memory.cards import AMPERE, processors
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -77,14 +77,16 @@ def cuda_attention(
 ):  # fmt: skip
     """`scaled_dot_product_attention` on a card: flash, memory-efficient, or the plain formula.
 
-    The last keeps scores of length x length. In torch 2.13 only flash takes grouped heads.
+    Flash needs compute capability 8.0 and 16 bits, and in torch 2.13 it alone takes grouped
+    heads; below 8.0 the efficient kernel takes no bfloat16; the formula keeps scores of length x
+    length. cuDNN's kernel, which PyTorch prefers on 9.x and 10.x, is counted as flash (on an H100
+    it took 1 to 2 % more while it ran), and with a mask as the efficient one.
     """
-    kernels = attention_kernels(capability, str(query.dtype).removeprefix("torch."))
-    same_heads = query.shape[1] == key.shape[1] == value.shape[1]
+    modern, same_heads = capability >= AMPERE, query.shape[1] == key.shape[1] == value.shape[1]
     fits_flash = attn_mask is None and query.shape[-1] <= 256 and (same_heads or enable_gqa)
-    if "flash" in kernels and fits_flash:
+    if fits_flash and modern and query.dtype != torch.float32:
         return _FlashAttention.apply(query, key, value)
-    if "efficient" in kernels and same_heads:
+    if same_heads and (modern or query.dtype != torch.bfloat16):
         return _EfficientAttention.apply(query, key, value, attn_mask)
     return torch._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -108,7 +110,7 @@ class CudaKernels(TorchFunctionMode):
     float32 gets float32 inputs.
     """
 
-    def __init__(self, autocast: bool = False, flash_dtype: Any = None, capability: tuple = AMPERE):
+    def __init__(self, autocast: bool = False, flash_dtype: Any = None, capability: Any = AMPERE):
         super().__init__()
         self.autocast, self.flash_dtype, self.capability = autocast, flash_dtype, capability
 
@@ -148,7 +150,8 @@ def scratch(func: Any, args: Any, capability: tuple = AMPERE) -> int:
     if func is torch.ops.aten._softmax_backward_data.default:
         return args[0].numel() * max(args[0].itemsize, args[1].itemsize)
     if func is torch.ops.aten.sum.dim_IntList and args[1] == [0] and args[0].dim() == 2:
-        return column_sums(*args[0].shape, capability)
+        rows, columns = args[0].shape
+        return column_sums(rows, columns, capability)
     return 0
 
 

@@ -43,13 +43,15 @@ class FusedHead(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors[:3]
         pairs = zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         wanted = [x if need else None for x, need in pairs]
-        sums = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in wanted]
+        sums: list[Any] = [
+            None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in wanted
+        ]
         rows = min(hidden.shape[0], FusedHead.TOKENS)
         tile = hidden.new_empty(rows, FusedHead.WORDS, dtype=ctx.compute_dtype)
         grad = grad.float().contiguous()
         chunk = hidden[: FusedHead.TOKENS].to(ctx.compute_dtype)
         words = weight[: FusedHead.WORDS].to(ctx.compute_dtype)
-        out = [None if s is None else s.to(x.dtype) for s, x in zip(sums, wanted, strict=True)]
+        out = [None if x is None else s.to(x.dtype) for s, x in zip(sums, wanted, strict=True)]
         del tile, chunk, words
         return (*out, None, None)
 

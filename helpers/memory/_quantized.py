@@ -6,6 +6,8 @@ else 0.50; read beside their `autograd/_functions.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -32,16 +34,18 @@ def quantized_sizes(rows: int, columns: int, kind: str, double: bool = True) -> 
 class FakeQuantizedLinear(torch.nn.Linear):
     """A stand-in for Linear8bitLt and Linear4bit that survives fake tensors and meta devices."""
 
-    def __init__(
-        self, base: torch.nn.Module, kind: str, double: bool, dtype: torch.dtype, stack: str
-    ):
+    scales: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, base: Any, kind: str, double: bool, dtype: torch.dtype, stack: str) -> None:
         torch.nn.Module.__init__(self)
         rows, columns = base.weight.shape
         if not isinstance(base, torch.nn.Linear):  # a Conv1D stores its matrix transposed
             rows, columns = columns, rows
         self.in_features, self.out_features = columns, rows
         self.kind, self.compute_dtype, self.book = kind, dtype, stack == "book"
-        self.source_dtype, self.compute_type_is_set = base.weight.dtype, False
+        self.source_dtype: torch.dtype = base.weight.dtype
+        self.compute_type_is_set = False
         sizes, device = quantized_sizes(rows, columns, kind, double), base.weight.device
         stored = torch.empty(
             sizes.pop("weight"), 1, device=device,
@@ -61,8 +65,7 @@ class FakeQuantizedLinear(torch.nn.Linear):
             if fused:
                 scales = scales + self.offset
         source = dtype if fused else self.source_dtype
-        weight = self.weight.new_empty(self.out_features, self.in_features, dtype=source)
-        return weight.to(dtype)
+        return self.weight.new_empty(self.out_features, self.in_features, dtype=source).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, leaving in memory what bitsandbytes' layer would."""

@@ -23,6 +23,7 @@ from helpers.memory import _kernels, _losses, _quantized
 from helpers.memory._allocator import rounded
 from helpers.memory._trace import SHORT, Ledger, Trace
 from helpers.memory.cards import AMPERE, Capability, cublas_workspace, half_dtype
+from helpers.memory.configs import config_with, irregular
 
 
 @dataclass(frozen=True)
@@ -59,34 +60,6 @@ class Choices:
     def book(self) -> bool:
         """Whether it is the older stack, in a plain loop: the first step, without a past."""
         return self.stack == "book"
-
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_RECURRENT = {"linear_attention", "mamba", "conv", "state_size", "mamba_d_state"}
-
-
-def refuse(config: Any) -> None:
-    """Raise ValueError for what cannot be modelled honestly: better no number than a wrong one."""
-    from transformers import AutoModelForCausalLM
-
-    has = functools.partial(getattr, config)
-    kind = has("model_type", type(config).__name__)
-    if has("is_encoder_decoder", False):
-        reason = "it is an encoder-decoder; only decoder-only language models are traced"
-    elif type(config) not in AutoModelForCausalLM._model_mapping:
-        reason = "transformers has no causal language model for it"
-    elif any((has(name, None) or 0) > 1 for name in _EXPERTS):
-        reason = "it is a mixture of experts, whose buffers depend on where tokens are routed"
-    elif _RECURRENT & {*(has("layer_types", None) or ()), *vars(config)}:
-        reason = "its recurrent layers run CUDA kernels that have no CPU twin to trace"
-    elif kind in ("bert", "roberta", "electra") and not has("is_decoder", False):
-        reason = "it is an encoder"
-    else:
-        return
-    raise ValueError(
-        f"model: cannot predict {kind!r}: {reason}. Dense causal models work: Llama, Mistral, "
-        "Phi, Qwen, Gemma, OPT, Falcon, GPT-2, SmolLM and their kin."
-    )
 
 
 # ------------------------------------------------------------------ the model
@@ -135,7 +108,7 @@ def _with_adapters(model: Any, run: Choices) -> Any:
     from peft import LoraConfig, get_peft_model
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    lora = copy.deepcopy(getattr(run.lora, "value", run.lora))
+    lora: Any = copy.deepcopy(getattr(run.lora, "value", run.lora))
     if isinstance(lora, int):
         targets = None if model.config.model_type in KNOWN else "all-linear"
         # The book's adapters drop 5 % of their inputs: a dropout mask is a byte per number.
@@ -168,7 +141,8 @@ def _to_fakes(model: torch.nn.Module) -> None:
         return memo[id(tensor)][0]
 
     for module in model.modules():
-        for store in (module._parameters, module._buffers, module.__dict__):
+        stores: tuple[dict, ...] = (module._parameters, module._buffers, module.__dict__)
+        for store in stores:
             for name, value in list(store.items()):
                 if isinstance(value, torch.Tensor):
                     store[name] = fake(value)
@@ -178,30 +152,9 @@ def _to_fakes(model: torch.nn.Module) -> None:
 def step_log(config: Any, run: Choices) -> tuple[Trace, int]:
     """(Trace with the sizes of a card's blocks, bytes its allocator reserves) of one step."""
     layers, log = config.num_hidden_layers, None
-    if layers > SHORT and not _irregular(config, run.lora):
+    if layers > SHORT and not irregular(config, run.lora):
         log = trace(config_with(config, SHORT), run).extrapolate(layers)
     return (log or trace(config, run)).with_allocator()
-
-
-def _irregular(config: Any, lora: Any) -> bool:
-    """Whether layers may differ, so that only a full trace is honest."""
-    for value in config.to_dict().values():
-        per_layer = isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
-        if per_layer and len(set(map(str, value))) > 1:
-            return True
-    names = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
-    lora = getattr(lora, "value", lora)
-    return any(getattr(lora, name, None) for name in (*names, "layer_replication"))
-
-
-def config_with(config: Any, layers: int) -> Any:
-    """A copy with another number of decoder layers; lists of one entry per layer follow."""
-    config, old = copy.deepcopy(config), config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == old:
-            setattr(config, name, [value[i % old] for i in range(layers)])
-    config.num_hidden_layers = layers
-    return config
 
 
 def trace(config: Any, run: Choices) -> Trace:
@@ -317,7 +270,7 @@ def _run(model: Any, batch: dict[str, torch.Tensor], run: Choices, ledger: Ledge
     del alive
 
 
-def _decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+def _decoder_layers(model: Any) -> torch.nn.ModuleList:
     count = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:

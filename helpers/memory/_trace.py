@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, count, pairwise
 from pathlib import Path
@@ -35,12 +35,7 @@ class Ledger(TorchDispatchMode):
     are added in place, as it does with real tensors.
     """
 
-    def __init__(
-        self,
-        unit: int = ROUND,
-        inputs: bool = False,
-        scratch: Callable[[Any, Any], int] | None = None,
-    ):
+    def __init__(self, unit: int = ROUND, inputs: bool = False, scratch: Any = None) -> None:
         super().__init__()
         self.unit, self.inputs, self.scratch = unit, inputs, scratch
         self.live: dict[int, tuple] = {}
@@ -191,7 +186,7 @@ class Trace:
         cuts = pairwise([*self.marks, (len(self.events), None)])
         segments = [(name, self.events[start:stop]) for (start, name), (stop, _) in cuts]
         born: dict[Hashable, tuple] = {}
-        logs = defaultdict(list)
+        logs: dict[tuple, list] = defaultdict(list)
         for name, events in segments:
             for block, size, category in events if isinstance(name, tuple) else ():
                 if size > 0:

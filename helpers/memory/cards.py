@@ -154,20 +154,6 @@ def processors(capability: Capability) -> tuple[int, int]:
     return _PROCESSORS[max(known)]
 
 
-def attention_kernels(capability: Capability, dtype: str) -> tuple[str, ...]:
-    """PyTorch's SDPA kernels for queries of `dtype` ('float16', …), in order of preference.
-
-    Flash attention needs 8.0 and 16 bits; below 8.0 the memory-efficient kernel takes no
-    bfloat16. cuDNN's, which PyTorch prefers on 9.x and 10.x, is counted as flash (on an H100 it
-    took 1 to 2 % more while it ran), and with a mask as the efficient kernel.
-    """
-    modern = capability >= AMPERE
-    kernels = ["flash"] if modern and dtype != "float32" else []
-    if modern or dtype != "bfloat16":
-        kernels.append("efficient")
-    return (*kernels, "math")
-
-
 def cublas_workspace(capability: Capability) -> int:
     """Bytes of one cuBLAS workspace: measured on an H100 (9.0), the others from the source.
 

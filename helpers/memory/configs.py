@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import json
@@ -72,7 +73,7 @@ def load_config(model: Any) -> PretrainedConfig:
     wanted = str(model).lower()
     found = names.get(wanted) or next((n for n in names.values() if n.lower() == wanted), None)
     if found:
-        return AutoConfig.for_model(**json.loads(json.dumps(_entries()[found]["config"])))
+        return AutoConfig.for_model(**copy.deepcopy(_entries()[found]["config"]))
     path = Path(model)
     if path.suffix == ".json" and path.is_file():
         return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
@@ -93,3 +94,56 @@ def _hub_answers(name: str) -> bool:
     from helpers import runtime
 
     return "/" in name and not runtime.detect().offline
+
+
+# ------------------------------------------------------------------ what a trace may assume
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_RECURRENT = {"linear_attention", "mamba", "conv", "state_size", "mamba_d_state"}
+
+
+def refuse(config: Any) -> None:
+    """Raise ValueError for what cannot be modelled honestly: better no number than a wrong one."""
+    from transformers import AutoModelForCausalLM
+
+    has = functools.partial(getattr, config)
+    kind = has("model_type", type(config).__name__)
+    if has("is_encoder_decoder", False):
+        reason = "it is an encoder-decoder; only decoder-only language models are traced"
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        reason = "transformers has no causal language model for it"
+    elif any((has(name, None) or 0) > 1 for name in _EXPERTS):
+        reason = "it is a mixture of experts, whose buffers depend on where tokens are routed"
+    elif _RECURRENT & {*(has("layer_types", None) or ()), *vars(config)}:
+        reason = "its recurrent layers run CUDA kernels that have no CPU twin to trace"
+    elif kind in ("bert", "roberta", "electra") and not has("is_decoder", False):
+        reason = "it is an encoder"
+    else:
+        return
+    raise ValueError(
+        f"model: cannot predict {kind!r}: {reason}. Dense causal models work: Llama, Mistral, "
+        "Phi, Qwen, Gemma, OPT, Falcon, GPT-2, SmolLM and their kin."
+    )
+
+
+_OF_SOME_LAYERS = (
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "layer_replication",
+)  # fmt: skip
+
+
+def irregular(config: Any, lora: Any) -> bool:
+    """Whether layers may differ, so that only a full trace is honest."""
+    lora, layers = getattr(lora, "value", lora), config.num_hidden_layers
+    lists = (v for v in config.to_dict().values() if isinstance(v, list | tuple))
+    return any(getattr(lora, name, None) for name in _OF_SOME_LAYERS) or any(
+        len(values) == layers and len(set(map(str, values))) > 1 for values in lists
+    )
+
+
+def config_with(config: Any, layers: int) -> Any:
+    """A copy with another number of decoder layers; lists of one entry per layer follow."""
+    config, old = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == old:
+            setattr(config, name, [value[i % old] for i in range(layers)])
+    config.num_hidden_layers = layers
+    return config

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers._checks import one_of, whole_number
 from helpers.memory.cards import AMPERE, Card, find_card, half_dtype, parse_size
-from helpers.memory.configs import load_config
+from helpers.memory.configs import load_config, refuse
 from helpers.memory.report import GIB, PHASES, MemoryEstimate
 
 if TYPE_CHECKING:
@@ -110,30 +110,20 @@ def estimate_training(
         )
     _check_card(card, dtype=dtype, attention=attention, mixed_precision=mixed_precision)
     config = load_config(model)
-    _step.refuse(config)
+    refuse(config)
     learned = getattr(config, "model_type", "") in ("opt", "gpt2")
     if learned and sequence_length > (most := config.max_position_embeddings):
         raise ValueError(
             f"sequence_length={sequence_length} is more than this model's {most} positions"
         )
     choices = _step.Choices(
-        quantization=quantization,
-        double_quant=double_quant,
-        dtype=getattr(torch, dtype),
-        lora=_step.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
-        optimizer=optimizer,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        gradient_checkpointing=gradient_checkpointing,
-        attention=attention,
-        mixed_precision={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or ""),
-        gradient_accumulation=gradient_accumulation,
-        packing=packing,
-        padded=padded,
-        capability=capability,
-        stack=stack,
+        quantization, double_quant, getattr(torch, dtype),
+        _step.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
+        optimizer, batch_size, sequence_length, gradient_checkpointing, attention,
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or ""),
+        gradient_accumulation, packing, padded, stack, capability,
         loss="logits" if stack == "book" else "fused",
-    )
+    )  # fmt: skip
     name = getattr(config, "name_or_path", "") or config.model_type
     return _estimate(model if isinstance(model, str) else str(name), config, choices, card)
 
@@ -177,18 +167,9 @@ def _estimate(name: str, config: Any, choices: Choices, card: Card | None) -> Me
 
     trace, reserved = _traced(Same(config.to_json_string(use_diff=False), config), choices)
     peak, parts, instant, instants = trace.peak()
-    return MemoryEstimate(
-        name=name,
-        peak_bytes=peak,
-        parts=parts,
-        peak_instant=instant,
-        instants={phase: size for phase, size in instants.items() if phase in PHASES},
-        reserved_bytes=reserved,
-        trace=trace,
-        choices=choices,
-        config=config,
-        card=card,
-    )
+    instants = {phase: size for phase, size in instants.items() if phase in PHASES}
+    about = trace, choices, config, card
+    return MemoryEstimate(name, peak, parts, instant, instants, reserved, *about)
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,16 +197,13 @@ def for_card(estimate: MemoryEstimate, card: Card) -> MemoryEstimate:
     """The same run predicted for another card; bfloat16 becomes float16 where there is none."""
     import torch
 
-    choices = estimate.choices
-    _check_card(card, attention=choices.attention)
-    if half_dtype(card.capability) == "float16":
-        narrow = {torch.bfloat16: torch.float16}
-        dtype, mixed = choices.dtype, choices.mixed_precision
-        choices = replace(
-            choices, dtype=narrow.get(dtype, dtype), mixed_precision=narrow.get(mixed, mixed)
-        )
-    choices = replace(choices, capability=card.capability)
-    return _estimate(estimate.name, estimate.config, choices, card)
+    choices: dict[str, Any] = {"capability": card.capability}
+    _check_card(card, attention=estimate.choices.attention)
+    for name in ("dtype", "mixed_precision") if card.capability < AMPERE else ():
+        if getattr(estimate.choices, name) == torch.bfloat16:
+            choices[name] = torch.float16
+    run = replace(estimate.choices, **choices)
+    return _estimate(estimate.name, estimate.config, run, card)
 
 
 def find_largest(
@@ -249,10 +227,9 @@ def find_largest(
         ValueError: even the smallest does not fit, or a choice is wrong.
 
     Example:
-        >>> found = find_largest("SmolLM2-135M-Instruct", "2GiB", lora=8, sequence_length=4096,
-        ...                      vary="batch_size")
-        >>> found.choices.batch_size
-        2
+        >>> found = find_largest("Llama-3.1-8B", "T4", quantization="nf4", lora=16)  # doctest: +SKIP
+        >>> found.choices.sequence_length  # doctest: +SKIP
+        4352
     """
     one_of("vary", vary, ("sequence_length", "batch_size"))
     unit, most = 1, 1024

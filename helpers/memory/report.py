@@ -141,15 +141,14 @@ class MemoryEstimate(_report.Shown):
     def _repr_html_(self) -> str:
         from helpers.plots import COLORS
 
-        def block(name: str, style: str, text: str = "") -> str:
-            return f"<span style='{style}:{COLORS[_COLORS[name]]}'>{text}</span>"
-
+        style = "<span style='display:inline-block;height:18px;width:{};background:{}'></span>"
+        colors = {name: COLORS[color] for name, color in _COLORS.items()}
         bars = "".join(
-            block(name, f"display:inline-block;height:18px;width:{100 * share:.2f}%;background")
-            for name, _, share in self.table().itertuples()
+            style.format(f"{100 * size / self.peak_bytes:.2f}%", colors[name])
+            for name, size in sorted(self.parts.items(), key=lambda part: -part[1])
         )
         parts = [
-            (_report.Markup(f"{block(name, 'color', '&#9632;')} {name}"), mb, share)
+            (_report.Markup(f"{style.format('1em', colors[name])} {name}"), mb, share)
             for name, mb, share in self._rows()
         ]
         cards = [
