@@ -135,13 +135,13 @@ def test_the_table_and_the_picture():
     assert table["crosses samples"].tolist() == ["no"] * 4 + ["yes", "no", "no"]
     assert table.loc["packing: wrapped", "boundaries in"] == "nowhere"
     assert "crosses samples" not in batches.compare(rows(), tokenizer())
-    assert isinstance(batches.draw(list(layouts().values())), Figure)
+    assert isinstance(batches.plot(list(layouts().values())), Figure)
 
 
 def test_wrong_input_says_what_to_do():
     import copy
 
-    with pytest.raises(ValueError, match="strategy='magic' is not one of padding"):
+    with pytest.raises(ValueError, match="strategy must be one of .padding"):
         batches.lay_out(rows(), tokenizer(), "magic")
     with pytest.raises(ValueError, match="no row may be empty"):
         batches.lay_out([{"input_ids": []}], tokenizer(), "padding (TRL)")

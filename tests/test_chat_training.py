@@ -88,7 +88,7 @@ def test_assistant_only_loss_trains_the_answers_and_their_ends(tmp_path, origina
     end = "<|im_end|>"
     expected = {f"{answer}{end}" for _, answer in SENTENCES[2:]}
     assert seen == expected | {f"{SENTENCES[0][1]}{end}{SENTENCES[1][1]}{end}"}
-    assert chat.mask_view.of_trainer(trainer).problems == []
+    assert chat.trainer_mask_view(trainer).problems == []
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_the_staged_pad_equals_eos_run_does_not_stop(tmp_path, original):
         dataset_kwargs={"skip_prepare_dataset": True},
         **FIT,
     )
-    found = {problem.code for problem in chat.mask_view.of_trainer(trainer).problems}
+    found = {problem.code for problem in chat.trainer_mask_view(trainer).problems}
     assert {"eos_not_trained", "end_of_turn_not_trained"} <= found
     trainer.train()
     assert "<|im_end|>" not in ask(trainer)

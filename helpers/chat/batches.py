@@ -1,53 +1,96 @@
 """How rows become batches: padding, flattening and packing, looked at (Chapter 4).
 
-TRL and transformers do the work; this module lays the same rows out in each of their
-ways and keeps track of which token came from which sample, so that padding, cuts and
-attention across samples can be counted instead of believed.
+TRL and transformers do the work; here it is known which token came from which sample, so
+that padding, cuts and attention across samples can be counted instead of believed.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+import transformers
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from pandas import DataFrame
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from helpers import plots
+from helpers._checks import one_of
+
+Rows: TypeAlias = Sequence[Mapping[str, Sequence[int]]]
 
 PADDING = -1  # in `Layout.samples`: no sample at all
+STRATEGIES = (
+    "padding (TRL)",
+    "padding (transformers, mlm=False)",
+    "flattening (transformers)",
+    "padding-free (TRL)",
+    "packing: wrapped",
+    "packing: bfd",
+    "packing: bfd_split",
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to batch some rows: the `batch` a model gets, and whose token is where."""
+    """One way to batch some rows: the batch a model gets, and whose token is where."""
 
     strategy: str
-    batch: dict  # of tensors, ready for `model(**batch)`
+    batch: dict[str, torch.Tensor]  # ready for `model(**batch)`, (rows, tokens) each
     samples: torch.Tensor  # (rows, tokens): number of the sample, or PADDING
-    lengths: list  # tokens of each sample before batching
+    lengths: list[int]  # tokens of each sample before batching
 
     @property
-    def padding(self):
+    def padding(self) -> float:
         """Share of the batch that is padding, from 0 to 1."""
         return (self.samples == PADDING).float().mean().item()
 
     @property
-    def lost(self):
+    def lost(self) -> int:
         """Tokens of the rows that did not make it into the batch."""
         return sum(self.lengths) - int((self.samples != PADDING).sum())
 
     @property
-    def cut(self):
+    def cut(self) -> int:
         """Samples that were shortened or torn apart."""
-        places = self.batch.get("position_ids")
-        whole = 0
+        columns = torch.arange(self.samples.shape[1]).expand_as(self.samples)
+        places, whole = self.batch.get("position_ids", columns), 0
         for number, length in enumerate(self.lengths):
-            where = (self.samples == number).nonzero()
-            steps = where.diff(dim=0)  # (0, 1) from token to token: same row, next column
-            together = len(where) == length and bool((steps == torch.tensor([0, 1])).all())
-            if together and places is not None:
-                together = bool((places[where[:, 0], where[:, 1]].diff() == 1).all())
-            whole += together
+            row, column = torch.where(self.samples == number)
+            # From token to token: the same row, the next column, the next position.
+            steps = torch.stack([row, column, places[row, column]], dim=1).diff(dim=0)
+            whole += len(row) == length and bool((steps == torch.tensor([0, 1, 1])).all())
         return len(self.lengths) - whole
 
 
-def _columns(rows):
-    return [
+def lay_out(rows: Rows, tokenizer: Tokenizer, strategy: str, *, max_length: int = 64) -> Layout:
+    """Batch all rows in one of the ways in `STRATEGIES`.
+
+    Args:
+        rows: each with `input_ids` and, if not everything is trained, `labels`.
+        tokenizer: one with a padding token.
+        strategy: one of `STRATEGIES`.
+        max_length: where padding cuts a row (as SFTTrainer does, at the end) and packing
+            ends one; flattening knows no limit.
+
+    Returns:
+        The batch, with the sample of each token.
+
+    Raises:
+        ValueError: for an unknown strategy, empty rows, or no padding token.
+
+    Example:
+        >>> lay_out(rows, tokenizer, "padding (TRL)").padding  # doctest: +SKIP
+    """
+    one_of("strategy", strategy, STRATEGIES)
+    lengths = [len(row["input_ids"]) for row in rows]
+    if not lengths or not all(lengths):
+        raise ValueError("rows must hold at least one row, and no row may be empty")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer has no padding token: run chat.prepare_tokenizer first")
+    columns: list[dict[str, Any]] = [
         {
             "input_ids": list(row["input_ids"]),
             "labels": list(row.get("labels", row["input_ids"])),
@@ -55,129 +98,74 @@ def _columns(rows):
         }
         for number, row in enumerate(rows)
     ]
-
-
-def _grid(sequences):
-    """Sample numbers of several rows as one tensor, padded on the right."""
-    tensors = [torch.tensor(sequence) for sequence in sequences]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PADDING)
-
-
-def _pad_trl(rows, tokenizer, max_length):
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    rows = [{name: column[:max_length] for name, column in row.items()} for row in rows]
-    batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(rows)
-    return batch, _grid([row["sample"] for row in rows])
-
-
-def _pad_transformers(rows, tokenizer, max_length):
-    from transformers import DataCollatorForLanguageModeling
-
-    rows = [{name: column[:max_length] for name, column in row.items()} for row in rows]
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    batch = collator([{"input_ids": row["input_ids"]} for row in rows])
-    samples = _grid([row["sample"] for row in rows])
-    if tokenizer.padding_side == "left":
-        samples = _grid([row["sample"][::-1] for row in rows]).flip(1)
-    return dict(batch), samples
-
-
-def _flatten_transformers(rows, tokenizer, max_length):
-    from transformers import DataCollatorWithFlattening
-
-    kept = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
-    batch = DataCollatorWithFlattening()(kept)
-    return dict(batch), torch.tensor([[n for row in rows for n in row["sample"]]])
-
-
-def _flatten_trl(rows, tokenizer, max_length):
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
-    return _plain(collator(rows)), torch.tensor([[n for row in rows for n in row["sample"]]])
-
-
-def _packed(strategy):
-    def lay_out(rows, tokenizer, max_length):
-        from datasets import Dataset, disable_progress_bars, enable_progress_bars
-        from datasets.utils import are_progress_bars_disabled
+    if strategy.startswith("padding ("):
+        columns = [{name: c[:max_length] for name, c in row.items()} for row in columns]
+    elif strategy.startswith("packing: "):
+        from datasets import Dataset
         from trl import pack_dataset
-        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-        quiet = are_progress_bars_disabled()
-        disable_progress_bars()
-        try:
-            packed = pack_dataset(Dataset.from_list(rows), max_length, strategy)
-        finally:
-            if not quiet:
-                enable_progress_bars()
-        # SFTTrainer does the same: padding-free for all but the wrapped strategy.
-        free = strategy != "wrapped"
+        kind = strategy.removeprefix("packing: ")
+        packed = pack_dataset(Dataset.from_list(columns), max_length, kind)
+        columns = packed.with_format(None).to_list()
+    collate = _collator(strategy, tokenizer)
+    numbers = [row.pop("sample") for row in columns]
+    batch = collate(columns)
+    # The same collator, given sample numbers for ids, tells whose token went where.
+    traced = [{**row, "input_ids": n} for row, n in zip(columns, numbers, strict=True)]
+    samples = collate(traced)["input_ids"]
+    if "attention_mask" in batch:
+        samples = samples.masked_fill(batch["attention_mask"] == 0, PADDING)
+    return Layout(strategy, batch, samples, lengths)
+
+
+def _collator(strategy: str, tokenizer: Tokenizer) -> Callable[[list], dict[str, torch.Tensor]]:
+    """A library's collator; of its batch, what every kind of attention understands."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator: Callable[[list], Mapping[str, Any]]
+    if strategy == "padding (transformers, mlm=False)":
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    elif strategy == "flattening (transformers)":
+        collator = transformers.DataCollatorWithFlattening()
+    else:  # SFTTrainer does the same: padding-free for all packing but the wrapped
+        free = strategy not in {"padding (TRL)", "packing: wrapped"}
         collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=free)
-        packed = packed.with_format(None).to_list()
-        samples = _grid([row.pop("sample") for row in packed])
-        if free:
-            samples = samples[samples != PADDING][None]
-        return _plain(collator(packed)), samples
 
-    return lay_out
+    def collate(rows: list) -> dict[str, torch.Tensor]:
+        if "mlm" in strategy:  # takes no labels, it makes its own
+            rows = [{"input_ids": row["input_ids"]} for row in rows]
+        batch = collator(rows)
+        names = ("input_ids", "labels", "attention_mask", "position_ids")
+        return {name: batch[name] for name in names if name in batch}
 
-
-def _plain(batch):
-    """What every attention understands; the extra lengths are for flash attention."""
-    names = ("input_ids", "labels", "attention_mask", "position_ids")
-    return {name: batch[name] for name in names if name in batch}
-
-
-STRATEGIES = {
-    "padding (TRL)": _pad_trl,
-    "padding (transformers, mlm=False)": _pad_transformers,
-    "flattening (transformers)": _flatten_transformers,
-    "padding-free (TRL)": _flatten_trl,
-    "packing: wrapped": _packed("wrapped"),
-    "packing: bfd": _packed("bfd"),
-    "packing: bfd_split": _packed("bfd_split"),
-}
-
-
-def lay_out(rows, tokenizer, strategy, *, max_length=64):
-    """Batch all rows in one of the ways in `STRATEGIES`; returns a `Layout` (Chapter 4).
-
-    rows: dictionaries with `input_ids` and, if not everything is trained, `labels`.
-    max_length: where padding cuts a row (as SFTTrainer does, at the end) and packing
-    ends one. Flattening knows no limit. Raises ValueError for an unknown strategy,
-    empty rows, or a tokenizer without a padding token.
-    """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is not one of {', '.join(STRATEGIES)}")
-    rows = _columns(rows)
-    if not rows or not all(row["input_ids"] for row in rows):
-        raise ValueError("rows must hold at least one row, and no row may be empty")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("tokenizer has no padding token: run chat.prepare_tokenizer first")
-    batch, samples = STRATEGIES[strategy](rows, tokenizer, max_length)
-    return Layout(strategy, batch, samples, [len(row["input_ids"]) for row in rows])
+    return collate
 
 
 @torch.no_grad()
-def leak(model, layout, *, seed=0):
-    """How far one sample's words reach into the others: a logit change (Chapter 4).
+def leak(model: PreTrainedModel, layout: Layout, *, seed: int = 0) -> float:
+    """How far one sample's words reach into the others: nothing assumed, the model asked.
 
-    All tokens of the first sample in the batch are replaced; returned is the largest
-    change of any logit at any token of another sample. 0, or rounding noise below 1e-3,
-    means that the samples are really apart; more is contamination. Nothing is assumed
-    about masks or kernels: the model that will train is the one that is asked.
-    Raises ValueError if the batch holds a single sample.
+    Args:
+        model: the one that will train, with its own kind of attention.
+        layout: at least two samples; all tokens of the first are replaced.
+        seed: of the words that replace them.
+
+    Returns:
+        The largest change of any logit at another sample: 0, or rounding noise below 1e-3,
+        means that the samples are really apart; more is contamination.
+
+    Raises:
+        ValueError: if the layout holds a single sample.
+
+    Example:
+        >>> leak(model, lay_out(rows, tokenizer, "packing: wrapped"))  # doctest: +SKIP
     """
     samples = layout.samples
     first = samples == samples[samples != PADDING][0]
     others = ~first & (samples != PADDING)
     if not others.any():
         raise ValueError("layout holds a single sample: give lay_out at least two rows")
-    inputs = {
-        name: value.to(model.device) for name, value in layout.batch.items() if name != "labels"
-    }
+    inputs = {k: tensor.to(model.device) for k, tensor in layout.batch.items() if k != "labels"}
     changed = inputs["input_ids"].clone()
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(model.config.vocab_size, (int(first.sum()),), generator=generator)
@@ -192,13 +180,24 @@ def leak(model, layout, *, seed=0):
     return (before.float() - after.float()).abs().max().item()
 
 
-def compare(rows, tokenizer, *, max_length=64, model=None):
-    """Every strategy on the same rows, as one table (Chapter 4).
+def compare(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 64,
+    model: PreTrainedModel | None = None,
+) -> DataFrame:
+    """Every strategy on the same rows, as one table: size, padding, lost tokens, cut samples.
 
-    With a model, the column "crosses samples" is measured by `leak`.
+    Args:
+        rows: as for `lay_out`, like `tokenizer` and `max_length`.
+        tokenizer: one with a padding token.
+        max_length: where padding cuts a row and packing ends one.
+        model: if given, `leak` measures the column "crosses samples".
+
+    Example:
+        >>> compare(rows, tokenizer, model=model)  # doctest: +SKIP
     """
-    import pandas
-
     table = []
     for strategy in STRATEGIES:
         layout = lay_out(rows, tokenizer, strategy, max_length=max_length)
@@ -217,36 +216,29 @@ def compare(rows, tokenizer, *, max_length=64, model=None):
         if model is not None:
             entry["crosses samples"] = "yes" if leak(model, layout) > 1e-3 else "no"
         table.append(entry)
-    return pandas.DataFrame(table).set_index("strategy")
+    return DataFrame(table).set_index("strategy")
 
 
-def draw(layouts):
-    """Layouts as pictures: a color per sample, gray for padding; returns the Figure."""
-    import numpy as np
-    from matplotlib.colors import ListedColormap
+def plot(layouts: Sequence[Layout]) -> Figure:
+    """Layouts as pictures: a color per sample, gray for padding.
 
-    from helpers import plots
+    Args:
+        layouts: one strip each, from top to bottom.
 
+    Example:
+        >>> plot([lay_out(rows, tokenizer, name) for name in STRATEGIES])  # doctest: +SKIP
+    """
     colors = [plots.COLORS[name] for name in ("blue", "orange", "green", "purple", "sky")]
-    rows = [layout.samples.shape[0] for layout in layouts]
-    fig, axes = plots.figure(
-        len(layouts),
-        width=8,
-        height=0.25 * sum(rows) + 0.75 * len(layouts),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[count + 1 for count in rows],
-    )
+    palette = ListedColormap(["#DDDDDD", *colors])
+    rows = [len(layout.samples) for layout in layouts]
+    height = 0.25 * sum(rows) + 0.75 * len(layouts)
+    shared = {"sharex": True, "squeeze": False, "height_ratios": [count + 1 for count in rows]}
+    fig, axes = plots.figure(len(layouts), width=8, height=height, **shared)
     for ax, layout in zip(axes[:, 0], layouts, strict=True):
-        grid = layout.samples.numpy()
-        shown = np.where(grid == PADDING, 0, grid % len(colors) + 1)
-        palette = ListedColormap(["#DDDDDD", *colors])
-        ax.imshow(shown, cmap=palette, vmin=0, vmax=len(colors), aspect="auto")
-        ax.set(
-            title=f"{layout.strategy}: {layout.padding:.0%} padding",
-            yticks=[],
-            ylabel="rows",
-        )
+        shown = (layout.samples % len(colors) + 1).masked_fill(layout.samples == PADDING, 0)
+        ax.imshow(shown.numpy(), cmap=palette, vmin=0, vmax=len(colors), aspect="auto")
+        title = f"{layout.strategy}: {layout.padding:.0%} padding"
+        ax.set(title=title, yticks=[], ylabel="rows")
         ax.grid(False)
     axes[-1, 0].set_xlabel("tokens")
     return fig
