@@ -5,6 +5,7 @@ The tree of llama.cpp itself is built by the slow set where the cache is cold.
 """
 
 import gzip
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -285,6 +287,29 @@ def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_negative_status_is_read_as_the_signal_it_is(status, words):
     assert re.search(words, _programs.how_it_ended(status))
+
+
+# ── fetched ──────────────────────────────────────────────────────────────────────────────
+def test_the_source_is_what_lies_in_the_sdist_and_is_fetched_once(cache, monkeypatch):
+    files = {"vendor/llama.cpp/convert.py": "1", "vendor/llama.cpp/a/b.txt": "2", "setup.py": "3"}
+    asked = []
+
+    def fetch(requirement, checksum, folder, bar, *, source):
+        asked.append((requirement, checksum, source))
+        folder.mkdir(parents=True)
+        with tarfile.open(folder / "x.tar.gz", "w:gz") as archive:
+            for name, text in files.items():
+                member = tarfile.TarInfo(f"llama_cpp_python-0/{name}")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text.encode()))
+        return folder / "x.tar.gz"
+
+    monkeypatch.setattr(_build._downloads, "fetch", fetch)
+    folder = llamacpp.source_folder()
+    assert folder == llamacpp.source_folder() and not partials(cache)
+    assert asked == [(_build.REQUIREMENT, _build.SDIST_SHA256, True)]
+    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*") if p.is_file()}
+    assert found == {"convert.py": "1", str(Path("a", "b.txt")): "2"}
 
 
 # ── built ────────────────────────────────────────────────────────────────────────────────

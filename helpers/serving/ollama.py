@@ -82,9 +82,10 @@ class GoTemplate:
     """A chat template taken apart: the fixed texts around the contents of a conversation.
 
     user, again: before the first and before a later question. assistant: before an answer;
-    prompt: what opens the answer that the model shall write. system: before the system
-    message (None without a place for it); system_user: between it and the first question.
-    default: a system message that the template adds when there is none.
+    prompt: what opens the answer that the model shall write. after_user, after_assistant:
+    what closes a turn. system: before the system message (None without a place for it);
+    system_user: between it and the first question. default: a system message that the
+    template adds when there is none.
 
     Example:
         >>> turns = {"user": "Q:", "again": "Q:", "after_user": ";"}
@@ -266,7 +267,7 @@ def _url(address: str) -> str:
         rest = f"[{rest}]"
     try:
         parts = urllib.parse.urlsplit(f"{scheme or 'http'}://{rest}")
-        port = parts.port or PORTS[scheme.lower()]
+        default, port = PORTS[scheme.lower()], parts.port
     except (KeyError, ValueError):
         raise ValueError(
             f"address (or OLLAMA_HOST) must look like 'host', 'host:11434' or "
@@ -274,4 +275,4 @@ def _url(address: str) -> str:
         ) from None
     host = LOOPBACK.get(parts.hostname or "", parts.hostname or "")
     host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}"
+    return f"{parts.scheme}://{host}:{port or default}{parts.path.rstrip('/')}"

@@ -175,34 +175,24 @@ def _stops(tokenizer, modelfile):
 
 
 def _render_in_go(modelfile: str, talks: list[list]) -> list[str]:
-    """Conversations through a Modelfile's TEMPLATE, as Ollama would render them.
-
-    Ollama hands the template the messages and, apart, the system message: that of the
-    talk, or the Modelfile's SYSTEM.
-    """
-    template, default = _field(modelfile, "TEMPLATE"), _field(modelfile, "SYSTEM")
-    if template is None:
+    # Ollama hands a TEMPLATE the messages and, apart, the system message: that of the talk,
+    # or the Modelfile's SYSTEM.
+    fields = dict(re.findall(r'(?ms)^(TEMPLATE|SYSTEM) """(.*?)"""', modelfile))
+    if "TEMPLATE" not in fields:
         raise ValueError('modelfile has no TEMPLATE """…""" to render')
-    job: dict[str, Any] = {"Template": template, "Talks": []}
+    jobs = []
     for talk in talks:
-        if default is not None and talk[0]["role"] != "system":
-            talk = [{"role": "system", "content": default}, *talk]
+        if "SYSTEM" in fields and talk[0]["role"] != "system":
+            talk = [{"role": "system", "content": fields["SYSTEM"]}, *talk]
         system = talk[0]["content"] if talk[0]["role"] == "system" else ""
-        messages = [{"Role": m["role"], "Content": m["content"]} for m in talk]
-        job["Talks"].append({"System": system, "Messages": messages})
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            ["go", "run", Path(__file__).with_name("render.go")],
-            input=json.dumps(job),
-            capture_output=True,
-            encoding="utf-8",
-            cwd=folder,
-        )
+        jobs.append({"System": system, "Messages": talk})
+    done = subprocess.run(
+        ["go", "run", Path(__file__).with_name("render.go")],
+        input=json.dumps({"Template": fields["TEMPLATE"], "Talks": jobs}),
+        capture_output=True,
+        encoding="utf-8",
+        cwd=tempfile.gettempdir(),
+    )
     if done.returncode:
         raise ValueError(f"modelfile: Go refuses its TEMPLATE: {done.stderr.strip()}")
     return json.loads(done.stdout)
-
-
-def _field(modelfile: str, name: str) -> str | None:
-    match = re.search(rf'(?ms)^{name} """(.*?)"""', modelfile)
-    return match and match[1]
