@@ -5,7 +5,7 @@ import pytest
 from helpers.course import exercises
 from helpers.course.exercises import _progress
 
-CATALOGUE = exercises.catalogue()
+CATALOGUE = exercises.catalog()
 
 
 @pytest.mark.parametrize("number", CATALOGUE)
@@ -44,7 +44,7 @@ def test_a_raising_answer_is_told_kindly(monkeypatch):
         return answer()
 
     exercise = exercises.Exercise("T.1", "Test", broken)
-    monkeypatch.setattr(exercises, "catalogue", lambda: {"T.1": exercise})
+    monkeypatch.setattr(exercises, "catalog", lambda: {"T.1": exercise})
 
     def mine():
         raise ZeroDivisionError("oops")
@@ -67,7 +67,7 @@ def test_html_is_escaped_and_code_is_marked():
 )
 def test_an_open_exercise_has_one_punctuation_mark(monkeypatch, title, start):
     exercise = exercises.Exercise("T.1", title, lambda answer: None)
-    monkeypatch.setattr(exercises, "catalogue", lambda: {"T.1": exercise})
+    monkeypatch.setattr(exercises, "catalog", lambda: {"T.1": exercise})
     assert exercises.check("T.1", ...).message.startswith(start)
 
 
@@ -81,7 +81,7 @@ def toy(monkeypatch):
 
     numbers = ("0.1", "0.2", "B.1")
     found = {number: exercises.Exercise(number, "One", one) for number in numbers}
-    monkeypatch.setattr(exercises, "catalogue", lambda: found)
+    monkeypatch.setattr(exercises, "catalog", lambda: found)
 
 
 def test_what_is_solved_is_kept_and_shown_as_bars(monkeypatch):

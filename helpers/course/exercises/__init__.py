@@ -5,6 +5,8 @@ says what is off when it is wrong, and never gives the solution away; `show` doe
 asked. Nothing needs a network; what is solved is kept in a small local file.
 """
 
+from __future__ import annotations
+
 import functools
 import html
 import importlib
@@ -12,7 +14,9 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from helpers._report import Shown
 from helpers.course.exercises import _progress
 
 __all__ = ["Exercise", "Result", "Wrong", "check", "given", "hint", "progress", "show"]
@@ -22,8 +26,16 @@ class Wrong(Exception):
     """Raised by a check with feedback that says what is off."""
 
 
-def one_number(answer):
-    """The answer as a float, whatever kind of number it came as; for checks."""
+def one_number(answer: Any) -> float:
+    """The answer as a float, whatever kind of number it came as; for checks.
+
+    Args:
+        answer: a reader's; `Wrong` when it is not one number.
+
+    Example:
+        >>> one_number("3")
+        3.0
+    """
     try:
         if isinstance(answer, bool):
             raise TypeError
@@ -32,8 +44,18 @@ def one_number(answer):
         raise Wrong(f"The answer should be one number, not {str(answer)[:60]!r}.") from None
 
 
-def near(a, b, tolerance=1e-3):
-    """True when `a` is `b` but for a relative `tolerance`; for checks."""
+def near(a: float, b: float, tolerance: float = 1e-3) -> bool:
+    """True when `a` is `b` but for a relative tolerance; for checks.
+
+    Args:
+        a: the answer.
+        b: what it should be.
+        tolerance: of `b`'s size.
+
+    Example:
+        >>> near(100.05, 100), near(101, 100)
+        (True, False)
+    """
     return abs(a - b) <= tolerance * abs(b)
 
 
@@ -48,14 +70,14 @@ class Exercise:
 
     number: str
     title: str
-    check: Callable
-    hints: tuple = ()
+    check: Callable[[Any], str | None]
+    hints: tuple[str, ...] = ()
     solution: str = ""
-    given: Callable | None = None
+    given: Callable[[], Any] | None = None
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """What a check, hint or solution has to say; shows itself in a notebook."""
 
     number: str
@@ -64,18 +86,16 @@ class Result:
     code: str = field(default="", repr=False)
 
     @property
-    def passed(self):
+    def passed(self) -> bool:
         """True when the answer was right."""
         return self.state == "right"
 
-    def __str__(self):
+    def __str__(self) -> str:
         sign = {"right": "✓", "wrong": "✗", "open": "○"}.get(self.state, "·")
         text = f"{sign} {self.number}  {self.message}"
         return f"{text}\n\n{self.code}" if self.code else text
 
-    __repr__ = __str__
-
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         color = {"right": "#009E73", "wrong": "#D55E00", "hint": "#0072B2"}
         word = {
             "right": "right",
@@ -92,16 +112,15 @@ class Result:
         )
 
 
-def _inline_code(text):
+def _inline_code(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 @functools.cache
-def catalogue():
+def catalog() -> dict[str, Exercise]:
     """All exercises by number, in order."""
-    found = {}
-    names = (module.name for module in pkgutil.iter_modules(__path__))
-    names = [name for name in names if not name.startswith("_")]
+    found: dict[str, Exercise] = {}
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"]
     for name in sorted(names, key=lambda name: (name.startswith("appendix"), name)):
         for exercise in importlib.import_module(f"{__name__}.{name}").EXERCISES:
             if exercise.number in found:
@@ -110,14 +129,22 @@ def catalogue():
     return found
 
 
-_hints_given = {}
+_hints_given: dict[str, int] = {}
 
 
-def check(number, answer):
-    """Check an answer: `check("2.3", answer)`. `...` counts as not answered yet.
+def check(number: str, answer: Any) -> Result:
+    """Check an answer.
 
-    Returns a `Result` that displays itself; `.passed` says whether the answer was right.
-    Raises ValueError for an unknown number.
+    Args:
+        number: of the exercise, such as '2.3'; ValueError for an unknown one.
+        answer: yours; `...` counts as not answered yet.
+
+    Returns:
+        A `Result` that displays itself; `.passed` says whether the answer was right.
+
+    Example:
+        >>> check("B.1", ...).state
+        'open'
     """
     exercise = _find(number)
     if answer is ...:
@@ -134,30 +161,34 @@ def check(number, answer):
     return Result(number, "right", f"{remark or exercise.title} {_solved(number)}")
 
 
-def _solved(number):
+def _solved(number: str) -> str:
     solved, note = _progress.add(number)
     bar = _progress.bar(*_count(number.split(".")[0], solved))
     return f"{bar} {note}".rstrip()
 
 
-def _count(chapter, solved):
-    numbers = [n for n in catalogue() if n.split(".")[0] == chapter]
+def _count(chapter: str, solved: set[str]) -> tuple[int, int]:
+    numbers = [n for n in catalog() if n.split(".")[0] == chapter]
     return sum(n in solved for n in numbers), len(numbers)
 
 
-def progress():
+def progress() -> _progress.Progress:
     """What you have solved so far, as a bar for each chapter.
 
     Kept as a list of numbers in the course's cache folder (`runtime.cache_folder()`); your
     answers are not. In Colab that folder lives as long as the machine does.
     """
     solved, note = _progress.load()
-    chapters = dict.fromkeys(number.split(".")[0] for number in catalogue())
+    chapters = dict.fromkeys(number.split(".")[0] for number in catalog())
     return _progress.Progress({c: _count(c, solved) for c in chapters}, note)
 
 
-def hint(number):
-    """The next hint for an exercise; after the last one, the last one again."""
+def hint(number: str) -> Result:
+    """The next hint for an exercise; after the last one, the last one again.
+
+    Args:
+        number: of the exercise, such as '2.3'.
+    """
     exercise = _find(number)
     if not exercise.hints:
         return Result(number, "hint", f"There is none; `show({number!r})` has a solution.")
@@ -167,22 +198,30 @@ def hint(number):
     return Result(number, "hint", f"({index + 1}/{len(exercise.hints)}) {exercise.hints[index]}")
 
 
-def show(number):
-    """One solution of an exercise, as code."""
+def show(number: str) -> Result:
+    """One solution of an exercise, as code.
+
+    Args:
+        number: of the exercise, such as '2.3'.
+    """
     exercise = _find(number)
     return Result(number, "solution", exercise.title, code=exercise.solution.strip())
 
 
-def given(number):
-    """The material an exercise starts from (a broken model, say), made afresh."""
+def given(number: str) -> Any:
+    """The material an exercise starts from (a broken model, say), made afresh.
+
+    Args:
+        number: of the exercise; ValueError for one that needs none.
+    """
     exercise = _find(number)
     if exercise.given is None:
         raise ValueError(f"number={number!r}: this exercise needs no material; just answer it")
     return exercise.given()
 
 
-def _find(number):
-    exercises = catalogue()
+def _find(number: str) -> Exercise:
+    exercises = catalog()
     if number not in exercises:
         numbers = ", ".join(exercises) or "none yet"
         raise ValueError(f"number must name an exercise ({numbers}), not {number!r}")
