@@ -1,5 +1,7 @@
 """Reads our code's calls into the field's libraries; holds them against what is installed.
 
+A type checker (test_types) sees wrong keywords of what is typed. This sees the rest: keys
+behind `**`, what a `**kwargs` takes, objects that nobody annotates, and deprecations.
 Nothing is run: names are followed through imports and assignments to the real objects, and
 methods are looked up on small real examples (a model, a tokenizer, a trainer, a dataset).
 """
@@ -11,13 +13,23 @@ import re
 import typing
 from dataclasses import dataclass
 
+import nbformat
 import torch
 
 LIBRARIES = ("transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+FOLLOWED = (*LIBRARIES, "helpers")  # helpers make models and tokenizers
 SAME = ("eval", "train", "to", "cpu", "float", "half", "bfloat16", "requires_grad_")  # self
 OLD = ("torch_dtype",)  # still taken, with a word in the log; the docstrings are silent
 STARRED = object()
-ANY = object()  # a function whose ** takes whatever names its caller likes
+
+
+def cells(path):
+    """The source of a notebook's cells, without those that are meant to fail."""
+    return "\n".join(
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code" and "raises-exception" not in cell.metadata.get("tags", [])
+    )
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,11 @@ class Reader:
     """The calls of one file.
 
     examples: {kind: [objects]}. makers: {function: kind of what it returns}. usual: names
-    of parameters that always hold a kind. local: whether calls into helpers count too.
+    of parameters that always hold a kind.
     """
 
-    def __init__(self, name, source, examples, makers, usual, local=False):
+    def __init__(self, name, source, examples, makers, usual):
         self.name, self.examples, self.makers, self.usual = name, examples, makers, usual
-        self.watched = (*LIBRARIES, "helpers") if local else LIBRARIES
         self.calls, self.problems = [], []
         self.tree = ast.parse(source)
         self.scopes, self.parents = {}, {}
@@ -90,6 +101,10 @@ class Reader:
                     bind(name, None, child)
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     bind(name, value, child)
+                case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
+                    for name, value in zip(names, values, strict=False):
+                        if isinstance(name, ast.Name):
+                            bind(name.id, value, child)
                 case ast.NamedExpr(target=ast.Name(id=name), value=value):
                     bind(name, value, child)
                 case ast.Name(id=name, ctx=ast.Store()):
@@ -100,11 +115,14 @@ class Reader:
     def _is_plain_target(self, node, child):
         if isinstance(node, ast.Assign):
             return node.targets == [child]
+        if isinstance(node, ast.Tuple):
+            above = self.parents[node][0]
+            return isinstance(above, ast.Assign) and isinstance(above.value, ast.Tuple)
         return isinstance(node, ast.NamedExpr)
 
     def _module(self, name, wanted):
-        if name.split(".")[0] not in self.watched:
-            return None
+        if name.split(".")[0] not in FOLLOWED:
+            return ()
         try:
             importlib.import_module(name)
             return (importlib.import_module(wanted),)
@@ -112,8 +130,8 @@ class Reader:
             self._complain(None, f"import {name}: {error}")
 
     def _imported(self, node, module, name):
-        if module is None or module.split(".")[0] not in self.watched:
-            return None
+        if module is None or module.split(".")[0] not in FOLLOWED:
+            return ()
         try:
             home = importlib.import_module(module)
             if hasattr(home, name):
@@ -135,8 +153,6 @@ class Reader:
             case ast.Attribute(value=value, attr=attr):
                 found = self.resolve(value, scope)
                 return tuple(getattr(thing, attr) for thing in found if hasattr(thing, attr))
-            case ast.Call(func=ast.Name(id="super"), args=[]):
-                return self._own(node)
             case ast.Call(func=func):
                 return self._made(func, scope)
         return ()
@@ -158,35 +174,15 @@ class Reader:
         found = value if isinstance(value, tuple) else ()
         if isinstance(value, ast.AST):
             found = self.resolve(value, where)
-        if name == "self":
-            return self._own(node)
-        if not found and name in self.usual:
+        if not found and name in self.usual and not self._is_foreign(value, where):
             found = tuple(self.examples[self.usual[name]])
         return found
 
-    def _own(self, node):
-        # In a class derived from a library's: `self` and `super()` are as its examples.
-        while node is not self.tree and not isinstance(node, ast.ClassDef):
-            node = self.parents[node][0]
-        if isinstance(node, ast.ClassDef) and len(node.bases) == 1:
-            for base in self.resolve(node.bases[0], self.parents[node][1]):
-                return tuple(self.examples.get(self.makers.get(key(base)), ()))
-        return ()
-
-    def _defines(self, node):
-        # Whether the class around `self.name` gives itself that name.
-        around = node
-        while not isinstance(around, ast.ClassDef):
-            around = self.parents[around][0]
-        return any(
-            (isinstance(part, ast.FunctionDef) and part.name == node.attr)
-            or (
-                isinstance(part, ast.Attribute)
-                and part.attr == node.attr
-                and isinstance(part.ctx, ast.Store)
-            )
-            for part in ast.walk(around)
-        )
+    def _is_foreign(self, value, where):
+        # What an import from elsewhere makes, such as a Path, is no usual thing.
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+            return self._binding(value.func.id, value, where)[0] == ()
+        return value == ()
 
     def _made(self, func, scope):
         if isinstance(func, ast.Attribute) and func.attr in SAME:
@@ -238,15 +234,12 @@ class Reader:
         is_called = isinstance(parent, ast.Call) and parent.func is node
         if not is_called and any(isinstance(thing, torch.nn.Module) for thing in found):
             return  # may be a layer that only this model has
-        is_self = isinstance(node.value, ast.Name) and node.value.id == "self"
-        if is_self and self._defines(node):
-            return
         kind = getattr(found[0], "__name__", type(found[0]).__name__)
         self._complain(node, f"{ast.unparse(node)}: {kind} has no {node.attr}")
 
     def _call(self, node, scope):
         targets = self.resolve(node.func, scope)
-        targets = tuple(t for t in targets if owner(t) in self.watched and callable(t))
+        targets = tuple(t for t in targets if owner(t) in LIBRARIES and callable(t))
         if not targets:
             return
         keywords, complete = [], not any(isinstance(a, ast.Starred) for a in node.args)
@@ -302,8 +295,6 @@ def _complaint(call, target, extra):
     try:
         signature = inspect.signature(target)
     except ValueError:  # compiled code without one
-        return ""
-    if extra.get(key(target)) is ANY:
         return ""
     further = set(extra.get(key(target), ()))
     parameters = signature.parameters.values()
