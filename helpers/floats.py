@@ -1,34 +1,48 @@
 """Numbers as bits: eight formats taken apart and put together by hand (Appendix B).
 
 Nothing here asks torch for a conversion: a pattern becomes a number by the definition of
-its format, and a number becomes a pattern by counting steps. The tests then hold both
-directions against torch, bit for bit. The work is done in float64, which holds every
-number of every format here exactly.
+its format, and a number becomes a pattern by counting steps. The work is done in float64,
+which holds every number of every format here exactly.
 
 Sources: IEEE 754 (fp32, fp16), "FP8 Formats for Deep Learning" (Micikevicius et al.,
 2022; e4m3 and e5m2), and the OCP Microscaling Formats specification 1.0 (fp4 e2m1).
 """
 
-import itertools
+from __future__ import annotations
+
 import math
 import operator
+from collections.abc import Sequence
+from itertools import islice
+from typing import SupportsFloat, SupportsIndex, cast
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from helpers import plots
+from helpers._checks import one_of
+from helpers._report import Markup, card, escape, table
+from helpers.plots import COLORS
 
-FIELD_COLORS = {"sign": "purple", "exponent": "orange", "mantissa": "blue", "value": "blue"}
+_COLORS = {"sign": "purple", "exponent": "orange", "mantissa": "blue", "value": "blue"}
 
 
+# ── formats ──────────────────────────────────────────────────────────────────────────────
 class FloatFormat:
     """A floating-point format: one sign bit, then exponent, then mantissa.
 
-    reserved: how many patterns, counted from all ones down, are not numbers. IEEE 754 gives
-    up every pattern whose exponent is all ones (for infinity and NaN), e4m3 a single one
-    (for NaN), fp4 none. nan: the pattern written for NaN, None where there is none.
+    Args:
+        name: as in `FORMATS`.
+        exponent_bits: how many bits say the power of two.
+        mantissa_bits: how many bits stand behind the binary point.
+        reserved: how many patterns, counted from all ones down, are not numbers. IEEE 754
+            gives up every pattern whose exponent is all ones (for infinity and NaN), e4m3
+            a single one (for NaN), fp4 none.
+        nan: the pattern written for NaN, None where there is none.
     """
 
-    def __init__(self, name, exponent_bits, mantissa_bits, *, reserved, nan):
+    def __init__(
+        self, name: str, exponent_bits: int, mantissa_bits: int, *, reserved: int, nan: int | None
+    ) -> None:
         self.name, self.mantissa_bits, self.nan = name, mantissa_bits, nan
         self.fields = {"sign": 1, "exponent": exponent_bits, "mantissa": mantissa_bits}
         self.bits = 1 + exponent_bits + mantissa_bits
@@ -38,8 +52,8 @@ class FloatFormat:
         self.largest = 2 ** (self.bits - 1) - 1 - reserved  # pattern of the largest number
         self.infinity = self.largest + 1 if reserved > 1 else None
 
-    def decode(self, patterns):
-        """Patterns (int64 array) to numbers (float64 array of the same shape)."""
+    def decode(self, patterns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The numbers that patterns stand for, in the same shape."""
         magnitude = patterns & (2 ** (self.bits - 1) - 1)
         exponent = magnitude >> self.mantissa_bits
         mantissa = magnitude & (2**self.mantissa_bits - 1)
@@ -52,8 +66,8 @@ class FloatFormat:
             numbers = np.where(magnitude == self.infinity, np.inf, numbers)
         return np.copysign(numbers, np.where(patterns > magnitude, -1.0, 1.0))
 
-    def encode(self, numbers):
-        """Numbers (float64 array) to the nearest patterns (int64 array), ties to even."""
+    def encode(self, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The nearest patterns, ties to even, in the shape of the numbers."""
         if self.nan is None and np.isnan(numbers).any():
             raise ValueError(f"number is NaN, and {self.name} has no pattern for it")
         magnitude = np.where(np.isfinite(numbers), np.abs(numbers), 0)
@@ -73,50 +87,55 @@ class FloatFormat:
         patterns = np.where(np.isnan(numbers), self.nan or 0, patterns)
         return patterns + (np.signbit(numbers).astype(np.int64) << (self.bits - 1))
 
-    def formula(self, bits):
-        """How the three fields make the number, as text."""
-        if bits.is_nan and self.infinity is None:
+    def formula(self, bits: Bits) -> str:
+        """How the three fields make the number."""
+        if math.isnan(bits) and self.infinity is None:
             return "all ones: the one pattern this format spends on NaN"
-        if bits.is_nan or bits.is_infinite:
-            mantissa = "not zero" if bits.is_nan else "zero"
-            return f"exponent all ones, mantissa {mantissa}: {bits.value}"
-        hidden = "0" if bits.exponent == 0 else "1"
-        power = f"2^({max(bits.exponent, 1)} - {self.bias})"
-        fraction = f"({hidden} + {bits.mantissa}/{2**self.mantissa_bits})"
-        return f"(-1)^{bits.sign} × {power} × {fraction} = {bits.value}"
+        if not math.isfinite(bits):
+            rest = "not zero" if math.isnan(bits) else "zero"
+            return f"exponent all ones, mantissa {rest}: {bits.value}"
+        sign, exponent, mantissa = (int(digits, 2) for digits in bits.groups.values())
+        power = f"2^({max(exponent, 1)} - {self.bias})"
+        fraction = f"({min(exponent, 1)} + {mantissa}/{2**self.mantissa_bits})"
+        return f"(-1)^{sign} × {power} × {fraction} = {bits.value}"
 
 
 class IntegerFormat:
     """An integer format; where it is signed, the top bit counts negative.
 
     That is two's complement: -128 + 127 = -1, and addition needs no special cases.
+
+    Args:
+        name: as in `FORMATS`.
+        bits: how many.
+        signed: whether there are negative numbers.
     """
 
-    def __init__(self, name, bits, *, signed):
+    def __init__(self, name: str, bits: int, *, signed: bool) -> None:
         self.name, self.bits, self.signed = name, bits, signed
         self.fields = {"sign": 1, "value": bits - 1} if signed else {"value": bits}
 
-    def decode(self, patterns):
-        """Patterns (int64 array) to whole numbers (float64 array of the same shape)."""
+    def decode(self, patterns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The whole numbers that patterns stand for, in the same shape."""
         negative = (patterns >= 2 ** (self.bits - 1)) & self.signed
         return (patterns - np.where(negative, 2**self.bits, 0)).astype(float)
 
-    def encode(self, numbers):
-        """Numbers (float64 array) to patterns: fraction cut off, then wrapped around."""
+    def encode(self, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Patterns in the shape of the numbers: fraction cut off, then wrapped around."""
         if not np.isfinite(numbers).all():
             raise ValueError(f"number must be finite for {self.name}: it has no inf or NaN")
         remainder = np.fmod(np.trunc(numbers), 2**self.bits)
         return remainder.astype(np.int64) & (2**self.bits - 1)
 
-    def formula(self, bits):
-        """The sum of the powers of two whose bit is set, as text."""
+    def formula(self, bits: Bits) -> str:
+        """The sum of the powers of two whose bit is set."""
         weights = [2**place for place in reversed(range(self.bits))]
         weights[0] *= -1 if self.signed else 1
         terms = [str(w) for w, bit in zip(weights, bits.bits, strict=True) if bit == "1"]
         return f"{' + '.join(terms) or '0'} = {bits.value}"
 
 
-FORMATS = {
+FORMATS: dict[str, FloatFormat | IntegerFormat] = {
     "fp32": FloatFormat("fp32", 8, 23, reserved=2**23, nan=0x7FC0_0000),
     "bf16": FloatFormat("bf16", 8, 7, reserved=2**7, nan=0x7FC0),
     "fp16": FloatFormat("fp16", 5, 10, reserved=2**10, nan=0x7E00),
@@ -128,37 +147,43 @@ FORMATS = {
 }
 
 
+# ── one number ───────────────────────────────────────────────────────────────────────────
 class Bits(float):
-    """One stored number: a float that knows how it is spelled (Appendix B).
+    """One stored number: a float that knows how it is spelled; from `decode` and `encode`.
 
-    `.value` is the number, `.pattern` the bits as an unsigned integer, `.bits` as text.
-    `.sign`, `.exponent` and `.mantissa` are the stored fields, as integers (None where the
-    format has no such field). Shows itself in colors in a notebook; `str` is plain text.
+    `.value` is the number (an int for integer formats), `.pattern` the bits as an unsigned
+    integer, `.bits` as text and `.groups` as text by field; `.sign`, `.exponent` and
+    `.mantissa` are the fields as integers (None where the format has no such field).
+
+    Args:
+        pattern: an unsigned integer.
+        kind: a key of `FORMATS`.
+
+    Example:
+        >>> Bits(0x3F80, "bf16")
+        bf16 0 01111111 0000000 = 1.0
     """
 
-    def __new__(cls, pattern, kind):
-        """Made by `decode` and `encode`."""
-        self = super().__new__(cls, FORMATS[kind].decode(np.int64(pattern)))
+    def __new__(cls, pattern: int, kind: str) -> Bits:
+        """The number as a float; the rest is told by `__init__`."""
+        return super().__new__(cls, FORMATS[kind].decode(np.asarray(pattern)))
+
+    def __init__(self, pattern: int, kind: str) -> None:
         self.pattern, self.kind, self.format = pattern, kind, FORMATS[kind]
-        for name in ("sign", "exponent", "mantissa"):
-            setattr(self, name, int(self.groups[name], 2) if name in self.groups else None)
-        return self
+        self.bits = f"{pattern:0{self.format.bits}b}"
+        digits = iter(self.bits)
+        self.groups = {
+            name: "".join(islice(digits, width)) for name, width in self.format.fields.items()
+        }
+        fields = {name: int(digits, 2) for name, digits in self.groups.items()}
+        self.sign, self.exponent, self.mantissa = map(fields.get, ("sign", "exponent", "mantissa"))
+        self.value = int(self) if self.exponent is None else float(self)
 
-    def __getnewargs__(self):  # what copy and pickle hand to __new__
-        return self.pattern, self.kind
-
-    @property
-    def value(self):
-        """The number: an int for the integer formats, else a float."""
-        return int(self) if isinstance(self.format, IntegerFormat) else float(self)
-
-    @property
-    def bits(self):
-        """The pattern as text, highest bit first."""
-        return f"{self.pattern:0{self.format.bits}b}"
+    def __reduce__(self) -> tuple[type[Bits], tuple[int, str]]:  # for copy and pickle
+        return Bits, (self.pattern, self.kind)
 
     @property
-    def category(self):
+    def category(self) -> str:
         """'normal', 'subnormal', 'zero', 'infinity' or 'NaN'; 'integer' for int8, uint8."""
         if self.exponent is None:
             return "integer"
@@ -168,95 +193,97 @@ class Bits(float):
             return "normal"
         return "subnormal" if self.mantissa else "zero"
 
-    is_normal = property(lambda self: self.category == "normal")
-    is_subnormal = property(lambda self: self.category == "subnormal")
-    is_zero = property(lambda self: self == 0)
-    is_infinite = property(math.isinf)
-    is_nan = property(math.isnan)
-
     @property
-    def formula(self):
+    def formula(self) -> str:
         """How the fields make the number, as text."""
         return self.format.formula(self)
 
-    @property
-    def groups(self):
-        """The fields in order, as text: `{"sign": "0", "exponent": "10000", ...}`."""
-        digits = iter(self.bits)
-        return {
-            name: "".join(itertools.islice(digits, width))
-            for name, width in self.format.fields.items()
-        }
-
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{self.kind} {' '.join(self.groups.values())} = {self.value}"
 
-    def __str__(self):
-        columns = [
-            (digits.ljust(len(name)), name.ljust(len(digits)))
-            for name, digits in self.groups.items()
+    def __str__(self) -> str:
+        widths = [max(len(name), len(digits)) for name, digits in self.groups.items()]
+        rows = [
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+            for row in (self.groups.values(), self.groups)
         ]
-        rows = ("  ".join(row).rstrip() for row in zip(*columns, strict=True))
         return "\n".join([f"{self.kind} ({self.category})", *rows, self.formula])
 
-    def _repr_html_(self):
-        names, digits = "", ""
-        cell = "<td style='text-align:center;padding:1px 2px;border:1px solid white;"
-        for name, text in self.groups.items():
-            color = f"background:{plots.COLORS[FIELD_COLORS[name]]}40;color:#222'"
-            names += f"{cell}{color} colspan='{len(text)}'>{name}</td>"
-            digits += "".join(f"{cell}{color}>{digit}</td>" for digit in text)
-        return (
-            f"<table style='margin:4px 0;font-family:monospace'>"
-            f"<tr><td><b>{self.kind}</b></td>{names}</tr>"
-            f"<tr><td>{self.category}</td>{digits}</tr></table>"
-            f"<code>{self.formula}</code>"
-        )
+    def _repr_html_(self) -> str:
+        style = "padding:1px 4px;letter-spacing:4px;color:#222;background:"
+        fields = [
+            Markup(f"<code style='{style}{COLORS[_COLORS[name]]}40'>{digits}</code>")
+            for name, digits in self.groups.items()
+        ]
+        html = table([[self.category, *fields]], [self.kind, *self.groups])
+        return card(str(self), html=f"{html}<code>{escape(self.formula)}</code>")
 
 
-def decode(bits, kind):
+def decode(bits: SupportsIndex | str | Sequence[int], kind: str) -> Bits:
     """The number that a pattern stands for (Appendix B).
 
-    bits: an unsigned integer (0x3F80), text ("0 01111111 0000000"; spaces and underscores
-    are ignored), or a list of zeros and ones, highest bit first. kind: a key of `FORMATS`.
-    Returns Bits, which is a float. Raises ValueError for a wrong kind or number of bits.
+    Args:
+        bits: an unsigned integer (0x3F80), text ("0 01111111 0000000"; spaces and
+            underscores are ignored), or a list of zeros and ones, highest bit first;
+            ValueError for another number of bits.
+        kind: a key of `FORMATS`.
+
+    Example:
+        >>> decode("0 10000 1001001000", "fp16")
+        fp16 0 10000 1001001000 = 3.140625
     """
     size = _format(kind).bits
     try:
-        pattern = operator.index(bits)
+        pattern = operator.index(cast(SupportsIndex, bits))
     except TypeError:
         pattern = _from_digits(bits, kind, size)
     if not 0 <= pattern < 2**size:
         raise ValueError(
-            f"bits must lie between 0 and {2**size - 1:#x} for {kind}; got {pattern}. "
-            f"A negative number from torch is a signed view: use bits & {2**size - 1:#x}"
+            f"bits must be from 0 to {2**size - 1:#x} for {kind}, not {pattern} (a negative "
+            f"number from torch is a signed view: use bits & {2**size - 1:#x})"
         )
     return Bits(pattern, kind)
 
 
-def encode(number, kind):
-    """The pattern a number is stored as, rounded to nearest, ties to even (Appendix B).
+def encode(number: SupportsFloat, kind: str) -> Bits:
+    """The pattern a number is stored as, rounded once, straight from float64 (Appendix B).
 
-    Where a number is too large, fp32, bf16, fp16 and fp8_e5m2 store infinity; fp8_e4m3
-    (torch's float8_e4m3fn, as of torch 2.12) and fp4_e2m1 saturate at their largest number.
-    Integer formats cut the fraction off and wrap around, as `tensor.to(torch.int8)` does.
-    The number is rounded once, straight from float64. Returns Bits, which is a float.
-    Raises ValueError for a wrong kind or a NaN that the format cannot store, TypeError for
-    what is not a single number.
+    Rounds to nearest, ties to even. Where a number is too large, fp32, bf16, fp16 and
+    fp8_e5m2 store infinity; fp8_e4m3 (torch's float8_e4m3fn, as of torch 2.12) and fp4_e2m1
+    saturate at their largest number. Integer formats cut the fraction off and wrap around,
+    as `tensor.to(torch.int8)` does.
+
+    Args:
+        number: a single number (TypeError); no NaN where the format has none (ValueError).
+        kind: a key of `FORMATS`.
+
+    Example:
+        >>> encode(0.1, "fp16")
+        fp16 0 01011 1001100110 = 0.0999755859375
     """
     form = _format(kind)
     try:
-        exact = float(operator.pos(number))  # text and lists know no plus sign
+        exact = float(operator.pos(number))  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several
         raise TypeError(
             f"number must be a single number; got {number!r}. For many numbers use "
             "floats.encode_array, for a pattern of bits floats.decode"
         ) from None
-    return Bits(int(form.encode(np.float64(exact))), kind)
+    return Bits(int(form.encode(np.asarray(exact))), kind)
 
 
-def decode_array(patterns, kind):
-    """`decode` for an array of unsigned patterns: float64 numbers of the same shape."""
+# ── many numbers ─────────────────────────────────────────────────────────────────────────
+def decode_array(patterns: ArrayLike, kind: str) -> NDArray[np.float64]:
+    """`decode` for an array, in the same shape (Appendix B).
+
+    Args:
+        patterns: unsigned integers, or ValueError.
+        kind: a key of `FORMATS`.
+
+    Example:
+        >>> decode_array([0, 1, 15], "fp4_e2m1")
+        array([ 0. ,  0.5, -6. ])
+    """
     patterns, form = np.asarray(patterns), _format(kind)
     whole = patterns.dtype.kind in "iu"
     if not whole or not ((patterns >= 0) & (patterns < 2**form.bits)).all():
@@ -267,56 +294,47 @@ def decode_array(patterns, kind):
     return form.decode(patterns.astype(np.int64))
 
 
-def encode_array(numbers, kind):
-    """`encode` for an array of numbers: int64 patterns of the same shape."""
+def encode_array(numbers: ArrayLike, kind: str) -> NDArray[np.int64]:
+    """`encode` for an array, in the same shape (Appendix B).
+
+    Args:
+        numbers: anything that makes a float64 array.
+        kind: a key of `FORMATS`.
+
+    Example:
+        >>> encode_array([0.5, 100.0], "fp4_e2m1")
+        array([1, 7])
+    """
     with np.errstate(invalid="ignore"):  # a signaling NaN may come in as well
-        numbers = np.asarray(numbers, dtype=np.float64)
-    return _format(kind).encode(numbers)
+        exact = np.asarray(numbers, dtype=np.float64)
+    return _format(kind).encode(exact)
 
 
-def values(kind):
-    """Every finite number of a format of at most 16 bits, ascending, as a float64 array."""
+def values(kind: str) -> NDArray[np.float64]:
+    """Every finite number of a format, ascending (Appendix B).
+
+    Args:
+        kind: a format of at most 16 bits, or ValueError.
+
+    Example:
+        >>> values("fp4_e2m1")[-3:]
+        array([3., 4., 6.])
+    """
     if _format(kind).bits > 16:
         raise ValueError(f"kind={kind!r} has 2^32 patterns; choose one of at most 16 bits")
     numbers = decode_array(np.arange(2 ** FORMATS[kind].bits), kind)
     return np.unique(numbers[np.isfinite(numbers)]) + 0.0  # of both zeros, the plain one
 
 
-def draw(*kinds, limit=None):
-    """A tick for every number of each format, subnormal ones in orange. Returns a Figure.
-
-    kinds: formats of at most 16 bits. limit: show only what lies between -limit and limit.
-    """
-    fig, axes = plots.figure(len(kinds), 1, height=0.3 + 0.75 * len(kinds), squeeze=False)
-    for ax, kind in zip(axes[:, 0], kinds, strict=True):
-        numbers = values(kind)
-        reach = limit or abs(numbers).max()
-        numbers = numbers[abs(numbers) <= reach]
-        smallest = 2.0 ** getattr(FORMATS[kind], "smallest_power", -math.inf)
-        for small, color in ((False, "blue"), (True, "orange")):
-            shown = numbers[(abs(numbers) < smallest) == small]
-            ax.vlines(shown, 0, 1, color=plots.COLORS[color], linewidth=1)
-        ax.set(
-            yticks=[0.5],
-            yticklabels=[kind],
-            ylim=(0, 1.1),
-            xlim=(-1.02 * reach, 1.02 * reach),
-        )
-        ax.grid(visible=False)
-    axes[-1, 0].set_xlabel("number")
-    return fig
-
-
-def _format(kind):
-    if kind not in FORMATS:
-        raise ValueError(f"kind must be one of {', '.join(FORMATS)}; got {kind!r}")
+def _format(kind: str) -> FloatFormat | IntegerFormat:
+    one_of("kind", kind, FORMATS)
     return FORMATS[kind]
 
 
-def _from_digits(digits, kind, size):
+def _from_digits(digits: object, kind: str, size: int) -> int:
     """Text or a list of zeros and ones as an unsigned integer."""
     try:
-        text = "".join(map(str, digits)).replace(" ", "").replace("_", "")
+        text = "".join(map(str, digits)).replace(" ", "").replace("_", "")  # type: ignore
     except TypeError:  # not even a sequence
         text = ""
     if len(text) != size or set(text) - {"0", "1"}:

@@ -1,11 +1,12 @@
 import pytest
 import torch
-from helpers.rounding import BFloat16AdamW, stochastic_round
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.rounding import BFloat16AdamW, stochastic_round
 
-def neighbours(value):
+
+def neighbors(value):
     """The bfloat16 numbers on both sides of a float32."""
     exact = torch.tensor(value, dtype=torch.float32)
     toward_zero = (exact.view(torch.int32) >> 16 << 16).view(torch.float32)
@@ -14,18 +15,18 @@ def neighbours(value):
 
 
 @given(st.floats(-(2.0**126), 2.0**126, width=32))
-def test_only_the_two_neighbours_are_drawn(value):
+def test_only_the_two_neighbors_are_drawn(value):
     drawn = set(stochastic_round(torch.full((64,), value)).float().tolist())
     exact = torch.tensor(value, dtype=torch.float32)
     if exact.to(torch.bfloat16).float() == exact:
         assert drawn == {exact.item()}
     else:
-        assert drawn <= set(neighbours(value))
+        assert drawn <= set(neighbors(value))
 
 
 @pytest.mark.parametrize("value", [1.001, -1.001, 3e-5, -2.7e30, 0.1, 1e-39])
 def test_it_is_right_on_average(value):
-    low, high = neighbours(value)
+    low, high = neighbors(value)
     exact = torch.tensor(value, dtype=torch.float32).item()
     generator = torch.Generator().manual_seed(0)
     drawn = stochastic_round(torch.full((200_000,), value), generator=generator).double()
@@ -52,10 +53,18 @@ def test_shapes_strides_and_the_generator():
     assert stochastic_round(torch.ones(3, dtype=torch.float64)).tolist() == [1, 1, 1]
 
 
-def test_no_global_state_is_touched():
-    before = torch.get_default_dtype()
-    stochastic_round(torch.randn(4))
-    assert torch.get_default_dtype() == before == torch.float32
+def test_the_optimizer_repeats_itself_and_leaves_the_global_draws_alone():
+    def trained():
+        weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        optimizer = BFloat16AdamW([weight], lr=1e-3)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return weight.detach()
+
+    state = torch.get_rng_state()
+    one, two = trained(), trained()
+    assert torch.equal(one, two) and len(one.unique()) == 2
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("bad", [1.5, torch.ones(2, dtype=torch.int64)])

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ipywidgets import DOMWidget
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.attention import Heads
     from helpers.floats import Bits
+    from helpers.heads import Heads
 
 Control = bool | str | list | tuple
 
@@ -31,7 +31,7 @@ def attention_heads(heads: Heads, *, layer: int = 0, head: int = 0) -> None:
     """Leaf through the heads of a real model (Chapter 1).
 
     Args:
-        heads: what `attention.read_heads` found.
+        heads: what `heads.read_heads` found.
         layer: shown to begin with.
         head: shown to begin with.
     """
@@ -51,14 +51,14 @@ def moving_query(
     """Turn and stretch a query among 2-D keys and watch what it takes (Chapter 1).
 
     Args:
-        keys: as `attention.plot_lookup` takes them, like the next three.
+        keys: as `heads.plot_lookup` takes them, like the next three.
         values: one for each key.
         labels: one for each key.
         unit: of the values.
         angle: in degrees, counter-clockwise from the first feature's axis.
         length: of the query.
     """
-    from helpers.attention import plot_lookup
+    from helpers.heads import plot_lookup
 
     def draw(angle: float, length: float) -> Any:
         turned = math.radians(angle)
