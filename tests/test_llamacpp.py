@@ -292,6 +292,7 @@ def test_a_negative_status_is_read_as_the_signal_it_is(status, words):
 # ── fetched ──────────────────────────────────────────────────────────────────────────────
 def test_the_source_is_what_lies_in_the_sdist_and_is_fetched_once(cache, monkeypatch):
     files = {"vendor/llama.cpp/convert.py": "1", "vendor/llama.cpp/a/b.txt": "2", "setup.py": "3"}
+    files[".git/modules/vendor/llama.cpp/HEAD"] = "4"
     asked = []
 
     def fetch(requirement, checksum, folder, bar, *, source):
@@ -308,7 +309,7 @@ def test_the_source_is_what_lies_in_the_sdist_and_is_fetched_once(cache, monkeyp
     folder = llamacpp.source_folder()
     assert folder == llamacpp.source_folder() and not partials(cache)
     assert asked == [(_build.REQUIREMENT, _build.SDIST_SHA256, True)]
-    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.*") if p.is_file()}
+    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
     assert found == {"convert.py": "1", str(Path("a", "b.txt")): "2"}
 
 

@@ -64,10 +64,11 @@ def fetch_source(folder: Path) -> None:
         sdist = _downloads.fetch(REQUIREMENT, SDIST_SHA256, download, bar, source=True)
         bar.set_postfix_str("unpacking")
         with tarfile.open(sdist) as archive:
-            inside = "/vendor/llama.cpp/"
-            wanted = [member for member in archive if inside in member.name]
-            for member in wanted:
-                member.name = member.name.partition(inside)[2]
+            wanted = []
+            for member in archive:
+                if match := re.fullmatch(r"[^/]+/vendor/llama\.cpp/(.+)", member.name):
+                    member.name = match[1]
+                    wanted.append(member)
             # Pythons before 3.11.4 have no filter; the checksum was compared.
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
             archive.extractall(folder, wanted)
