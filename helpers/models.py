@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers import _embedded, _files, runtime
 from helpers._checks import one_of
@@ -118,7 +118,7 @@ def load_model(
     # training after an evaluation would silently leave the adapters where they are.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return model
 
 
@@ -214,13 +214,16 @@ def dequantized_once(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         if isinstance(module, Linear4bit) and "forward" not in vars(module)
     ]
     for layer in layers:
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        layer.forward = functools.partial(functional.linear, weight=weight, bias=layer.bias)
+        packed: Any = layer.weight
+        weight = dequantize_4bit(packed.data, packed.quant_state)
+        vars(layer)["forward"] = functools.partial(
+            functional.linear, weight=weight, bias=layer.bias
+        )
     try:
         yield model
     finally:
         for layer in layers:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def is_adapter_of(folder: str | Path, name: str | Path) -> bool:

@@ -7,6 +7,7 @@ programs. `doctor.explain()` after an exception says cause, cure and the cell th
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import sys
@@ -56,9 +57,7 @@ class Checkup(Shown):
 def report() -> Checkup:
     """Look at everything the course uses; takes a few seconds.
 
-    Returns:
-        A `Checkup`. FAIL: the notebooks cannot run. WARN: they run, and something is absent
-        or slow. A look that raises becomes a FAIL with its error, and the others go on.
+    FAIL: the notebooks cannot run. WARN: they run, and something is absent or slow.
 
     Example:
         >>> report()  # doctest: +SKIP
@@ -76,12 +75,15 @@ def report() -> Checkup:
     return Checkup(tuple(found))
 
 
+def _present(found: object, text: str, otherwise: str) -> tuple[str, str]:
+    return (OK, text) if found else (WARN, otherwise)
+
+
 def _python() -> tuple[str, str]:
-    version = ".".join(map(str, sys.version_info[:3]))
+    oldest = ".".join(map(str, places.OLDEST_PYTHON))
     if sys.version_info < places.OLDEST_PYTHON:
-        oldest = ".".join(map(str, places.OLDEST_PYTHON))
-        return FAIL, f"{version}; the course needs {oldest} or newer"
-    return OK, f"{version} ({runtime.detect_platform()})"
+        return FAIL, f"{platform.python_version()}; the course needs {oldest} or newer"
+    return OK, f"{platform.python_version()} ({runtime.detect_platform()})"
 
 
 def _packages() -> tuple[str, str]:
@@ -110,14 +112,12 @@ def _accelerator() -> tuple[str, str]:
     if torch.cuda.is_available():
         found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         cards = [f"{card.name}, {card.total_memory / GIB:.1f} GiB" for card in found]
-        if len(cards) == 1:
-            return OK, f"{cards[0]}, torch {torch.__version__}"
         listing = "; ".join(f"cuda:{number} {card}" for number, card in enumerate(cards))
-        return WARN, (
+        advice = (
             f"{listing}; torch {torch.__version__}. Used is cuda:{torch.cuda.current_device()}. "
-            "TRL's trainers refuse several in one process: the bootstrap cell sets "
-            f"{places.CARDS}=0"
+            f"TRL's trainers refuse several in a process: the bootstrap cell sets {places.CARDS}=0"
         )
+        return _present(len(cards) == 1, f"{cards[0]}, torch {torch.__version__}", advice)
     if shutil.which("nvidia-smi"):
         return WARN, (
             f"there is an NVIDIA driver, and torch {torch.__version__} sees no card: a CPU "
@@ -132,28 +132,24 @@ def _data_types() -> tuple[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = str(runtime.native_dtype(device)).removeprefix("torch.")
     text = f"{name} ({runtime.native_dtype_reason(device)})"
-    if (device, name) == ("cuda", "float16"):
-        return WARN, f"{text}: train with fp16=True, bf16=False"
-    return OK, text
+    native = (device, name) != ("cuda", "float16")
+    return _present(native, text, f"{text}: train with fp16=True, bf16=False")
 
 
 def _attention() -> tuple[str, str]:
-    problem = runtime.flash_attention_problem()
-    if problem is None:
+    if (problem := runtime.flash_attention_problem()) is None:
         wanted = 'attention="flash_attention_2"'
         return OK, f"SDPA; flash-attn can be had, for 16-bit models on the card: {wanted}"
-    if find_spec("flash_attn") is None:
-        return OK, f"SDPA ({problem})"
     # Being installed is all that some programs look at before they take it.
-    return WARN, f"SDPA: {problem}. Cure: python -m pip uninstall flash-attn"
+    cure = f"SDPA: {problem}. Cure: python -m pip uninstall flash-attn"
+    return _present(find_spec("flash_attn") is None, f"SDPA ({problem})", cure)
 
 
 def _memory() -> tuple[str, str]:
     total, free = runtime.memory_bytes("cpu"), runtime.available_memory_bytes()
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    if free < 6 * GIB:
-        return WARN, f"{text}; Chapter 0 on a CPU takes 4: close other notebooks"
-    return OK, text
+    advice = f"{text}; Chapter 0 on a CPU takes 4: close other notebooks"
+    return _present(free >= 6 * GIB, text, advice)
 
 
 def _disk() -> tuple[str, str]:
@@ -167,9 +163,8 @@ def _disk() -> tuple[str, str]:
 def _embedded() -> tuple[str, str]:
     from helpers import models
 
-    if models.embedded_is_ready():
-        return OK, "the embedded model is in the cache"
-    return WARN, "the embedded model will be fetched on first use (93 MB, once)"
+    absent = "the embedded model will be fetched on first use (93 MB, once)"
+    return _present(models.embedded_is_ready(), "the embedded model is in the cache", absent)
 
 
 def _llamacpp() -> tuple[str, str]:
@@ -184,23 +179,21 @@ def _llamacpp() -> tuple[str, str]:
 
 
 def _ollama() -> tuple[str, str]:
-    if program := shutil.which("ollama"):
-        return OK, program
-    return WARN, "not installed; only the end of Chapter 6 uses it (ollama.com/download)"
+    absent = "not installed; only the end of Chapter 6 uses it (ollama.com/download)"
+    return _present(program := shutil.which("ollama"), str(program), absent)
 
 
 def _hub() -> tuple[str, str]:
-    if runtime.hub_reachable():
-        return OK, f"{os.environ.get('HF_ENDPOINT', 'huggingface.co')} answers"
-    return WARN, "not reachable (or HF_HUB_OFFLINE is set): embedded model and data are used"
+    absent = "not reachable (or HF_HUB_OFFLINE is set): embedded model and data are used"
+    answers = f"{os.environ.get('HF_ENDPOINT', 'huggingface.co')} answers"
+    return _present(runtime.hub_reachable(), answers, absent)
 
 
 def _token() -> tuple[str, str]:
     from huggingface_hub import get_token
 
-    if get_token():
-        return OK, "there is one (not shown, not checked)"
-    return WARN, "none; only needed for gated models and to push (hf auth login)"
+    absent = "none; only needed for gated models and to push (hf auth login)"
+    return _present(get_token(), "there is one (not shown, not checked)", absent)
 
 
 LOOKS: dict[str, Callable[[], tuple[str, str]]] = {
@@ -277,15 +270,11 @@ def explain(error: BaseException | str | None = None) -> Symptom:
 
     Args:
         error: an exception, the text of a traceback, a message alone, or your own words.
-            None: the last exception of this notebook or terminal.
+            None: the last exception of this notebook or terminal; ValueError without one.
 
     Returns:
         The `Symptom`, which shows itself: `.name`, `.cause`, `.cure`, `.proof`. An error that
         is not among them is `UNKNOWN`, with a next step and no guess.
-
-    Raises:
-        ValueError: nothing was given, and there has been no exception.
-        TypeError: `error` is of another kind.
 
     Example:
         >>> explain("RuntimeError: size mismatch for lora_A").name
@@ -294,18 +283,13 @@ def explain(error: BaseException | str | None = None) -> Symptom:
         ('Chapter4', '1. The model that never stops')
     """
     if error is None and (error := getattr(sys, "last_value", None)) is None:
-        raise ValueError(
-            "error=None means the last exception, and there has been none. Give an "
-            "exception, a traceback's text, or your own words"
-        )
+        raise ValueError("error=None means the last exception, and there has been none")
     if isinstance(error, BaseException):
         messages = _messages(error)
     elif isinstance(error, str):
         messages = _messages_in(error)
     else:
-        raise TypeError(
-            f"error must be an exception or a text, not {type(error).__name__}: {error!r}"
-        )
+        raise TypeError(f"error must be an exception or a text, not {type(error).__name__}")
     for message in messages or [str(error)]:  # no exception's line in it: a message alone?
         for symptom in SYMPTOMS.values():
             if symptom.error and re.search(symptom.error, message):

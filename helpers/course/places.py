@@ -41,18 +41,11 @@ def settle(brought: bool = False) -> None:
 
     Everywhere: of several cards, this kernel gets one. In Colab, on Kaggle and on a pod, or
     where the cell brought the course: caches go to the pod's volume, and what is missing or
-    too old is installed; torch, numpy and pandas are left as they are.
+    too old is installed; torch, numpy and pandas are left as they are. Raises RestartNeeded
+    when it comes too late in this kernel, RuntimeError when pip fails, OSError without pip.
 
     Args:
         brought: the cell has just cloned the course.
-
-    Raises:
-        RestartNeeded: it comes too late in this kernel.
-        RuntimeError: pip fails.
-        OSError: there is no pip.
-
-    Example:
-        >>> settle()  # doctest: +SKIP
     """
     global _brought
     _brought = brought = brought or _brought
@@ -69,9 +62,6 @@ def use_one_card() -> None:
 
     TRL's trainers would spread a model that lies on one card over all of them, and refuse.
     A CUDA_VISIBLE_DEVICES of your own is kept.
-
-    Raises:
-        RestartNeeded: torch has already opened them all.
     """
     if CARDS in os.environ or (number := _count_cards()) < 2:
         return
@@ -103,9 +93,6 @@ def use_volume() -> None:
     """Let the caches of the Hub and of pip lie on a pod's volume, which survives a stop.
 
     Variables that are already set are kept.
-
-    Raises:
-        RestartNeeded: the Hub's library was imported before; it reads its variable once.
     """
     if not runtime.POD_VOLUME.is_dir():
         return
@@ -206,12 +193,7 @@ def _normal(name: str) -> str:
 
 # ── installing it ────────────────────────────────────────────────────────────────────────
 def install_missing() -> None:
-    """Install what `missing` names; says what it did, and nothing where nothing was.
-
-    Raises:
-        RestartNeeded: something was replaced that this kernel had already loaded.
-        RuntimeError: pip fails; its last words are quoted.
-    """
+    """Install what `missing` names; says what it did, and nothing where nothing was."""
     for wanted in _unsatisfied(None, EXTRAS):
         if wanted.name in UNTOUCHED:
             here = runtime.package_version(wanted.name)

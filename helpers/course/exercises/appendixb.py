@@ -177,7 +177,7 @@ def _check_any_format(answer):
         step = max(1, 2**form.bits // 997)  # a prime number of steps, so all fields vary
         patterns = sorted({*range(0, 2**form.bits, step), 1, form.largest, form.infinity})
         for pattern in patterns:
-            right = float(form.decode(np.int64(pattern)))
+            right = float(form.decode(np.array(pattern)))
             given = float(function(pattern, exponent_bits, mantissa_bits))
             if given != right and not (math.isnan(given) and math.isnan(right)):
                 raise Wrong(_what_is_off(form, pattern, given, right))

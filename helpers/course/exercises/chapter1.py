@@ -157,7 +157,7 @@ def _check_cache(answer):
             "At the full context of 8,192 tokens that is 189 MB (1e6) per sequence; nine "
             "key-value heads would need 566 MB. That is what grouped-query attention buys."
         )
-    known = {
+    known: dict[float, str] = {
         CACHE * 3: "Keys and values come from the 3 key-value heads, not from all 9 heads.",
         CACHE // 2: "Half of it. Keys and values both? And two bytes per number?",
         CACHE * 2: "A bf16 number takes 2 bytes, not 4.",
