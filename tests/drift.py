@@ -152,7 +152,8 @@ class Reader:
                 return self._named(name, node, scope)
             case ast.Attribute(value=value, attr=attr):
                 found = self.resolve(value, scope)
-                return tuple(getattr(thing, attr) for thing in found if hasattr(thing, attr))
+                parts = [getattr(thing, attr, None) for thing in found]
+                return tuple(part for part in parts if part is not None)
             case ast.Call(func=func):
                 return self._made(func, scope)
         return ()
