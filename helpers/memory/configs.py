@@ -34,13 +34,13 @@ def catalog() -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = []
+    rows = {}
     for name, entry in _entries().items():
-        config = load_config(name)
-        shape = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
-        rows.append((name, config.model_type, *shape, entry["source"]))
-    columns = ["model", "type", "layers", "width", "vocabulary", "source"]
-    return pd.DataFrame(rows, columns=columns).set_index("model")
+        c = load_config(name)
+        shape = c.num_hidden_layers, c.hidden_size, c.vocab_size
+        rows[name] = c.model_type, *shape, entry["source"]
+    columns = ["type", "layers", "width", "vocabulary", "source"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("model")
 
 
 def load_config(model: Any) -> PretrainedConfig:

@@ -117,12 +117,13 @@ def estimate_training(
             f"sequence_length={sequence_length} is more than this model's {most} positions"
         )
     choices = _step.Choices(
-        quantization, double_quant, getattr(torch, dtype),
-        _step.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
-        optimizer, batch_size, sequence_length, gradient_checkpointing, attention,
-        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or ""),
-        gradient_accumulation, packing, padded, stack, capability,
-        loss="logits" if stack == "book" else "fused",
+        quantization=quantization, double_quant=double_quant, dtype=getattr(torch, dtype),
+        lora=_step.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
+        optimizer=optimizer, batch_size=batch_size, sequence_length=sequence_length,
+        gradient_checkpointing=gradient_checkpointing, attention=attention,
+        mixed_precision={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or ""),
+        gradient_accumulation=gradient_accumulation, packing=packing, padded=padded, stack=stack,
+        loss="logits" if stack == "book" else "fused", capability=capability,
     )  # fmt: skip
     name = getattr(config, "name_or_path", "") or config.model_type
     return _estimate(model if isinstance(model, str) else str(name), config, choices, card)
@@ -227,9 +228,10 @@ def find_largest(
         ValueError: even the smallest does not fit, or a choice is wrong.
 
     Example:
-        >>> found = find_largest("Llama-3.1-8B", "T4", quantization="nf4", lora=16)  # doctest: +SKIP
+        >>> qlora = {"quantization": "nf4", "lora": 16}
+        >>> found = find_largest("Llama-3.1-8B", "T4", **qlora)  # doctest: +SKIP
         >>> found.choices.sequence_length  # doctest: +SKIP
-        4352
+        3648
     """
     one_of("vary", vary, ("sequence_length", "batch_size"))
     unit, most = 1, 1024

@@ -119,48 +119,37 @@ class MemoryEstimate(_report.Shown):
         rows = [(name, size / 1e6, size / self.peak_bytes) for name, size in parts]
         return pd.DataFrame(rows, columns=["part", "MB", "share"]).set_index("part")
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = self.table().itertuples()
-        return [(name, f"{mb:,.1f}", f"{share:.1%}") for name, mb, share in rows if mb >= 0.05]
-
-    def _margin(self) -> str:
-        low, high = self.margin
-        return f"{low / GIB:.2f} to {high / GIB:.2f} GiB"
-
     def __str__(self) -> str:
-        instant = _WHEN.get(self.peak_instant, f"at the {self.peak_instant}")
-        return "\n".join(
-            [
-                f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB {instant}",
-                f"margin for CUDA context and fragmentation: {self._margin()}",
-                *(f"  {name:<12} {mb:>10} MB  {share:>6}" for name, mb, share in self._rows()),
-                *(f"{verdict}: {names}" for verdict, names in self._verdicts().items()),
-            ]
-        )
+        when = _WHEN.get(self.peak_instant, f"at the {self.peak_instant}")
+        low, high = (size / GIB for size in self.margin)
+        lines = [
+            f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB {when}",
+            f"margin for CUDA context and fragmentation: {low:.2f} to {high:.2f} GiB",
+        ]
+        for name, mb, share in self.table().itertuples():
+            if mb >= 0.05:
+                lines.append(f"  {name:<12} {mb:>10,.1f} MB  {share:>6.1%}")
+        return "\n".join(lines + [f"{key}: {names}" for key, names in self._verdicts().items()])
 
     def _repr_html_(self) -> str:
         from helpers.plots import COLORS
 
         style = "<span style='display:inline-block;height:18px;width:{};background:{}'></span>"
-        colors = {name: COLORS[color] for name, color in _COLORS.items()}
-        bars = "".join(
-            style.format(f"{100 * size / self.peak_bytes:.2f}%", colors[name])
-            for name, size in sorted(self.parts.items(), key=lambda part: -part[1])
-        )
-        parts = [
-            (_report.Markup(f"{style.format('1em', colors[name])} {name}"), mb, share)
-            for name, mb, share in self._rows()
-        ]
-        cards = [
-            (_SIGNS.get(verdict, verdict), names) for verdict, names in self._verdicts().items()
-        ]
-        head = str(self).splitlines()
+        bars, rows = "", []
+        for name, mb, share in self.table().itertuples():
+            color = COLORS[_COLORS[name]]
+            bars += style.format(f"{share:.2%}", color)
+            if mb >= 0.05:
+                part = _report.Markup(f"{style.format('1em', color)} {name}")
+                rows.append((part, f"{mb:,.1f}", f"{share:.1%}"))
+        cards = [(_SIGNS.get(key, key), names) for key, names in self._verdicts().items()]
+        tables = _report.table(rows, ("part", "MB", "share")) + _report.table(cards, ("", "cards"))
+        peak, margin = str(self).splitlines()[:2]
         return _report.card(
-            head[0],
-            html=f"<b>{_report.escape(head[0])}</b>; {head[1]}"
+            peak,
+            html=f"<b>{_report.escape(peak)}</b>; {margin}"
             f"<div aria-hidden='true' style='max-width:640px'>{bars}</div>"
-            f"<div style='display:flex;gap:2em'>{_report.table(parts, ('part', 'MB', 'share'))}"
-            f"{_report.table(cards, ('', 'cards'))}</div>",
+            f"<div style='display:flex;gap:2em'>{tables}</div>",
         )
 
     def plot(self, gpu: Card | str | float | None = None) -> Figure:
