@@ -106,7 +106,14 @@ def attention(
     """Scaled dot-product attention: `(output, weights)` (Chapter 1).
 
     The output equals that of PyTorch's `scaled_dot_product_attention`, which never hands
-    out the weights. Arguments as in `attention_weights`; values are as many as keys.
+    out the weights.
+
+    Args:
+        query: as in `attention_weights`, like key, mask and causal.
+        key: (..., kv_heads, keys, head_dim).
+        value: (..., kv_heads, keys, any).
+        mask: True = may look.
+        causal: nobody looks into the future.
 
     Example:
         >>> attention(torch.zeros(1, 2), torch.eye(2), torch.tensor([[1.0], [3.0]]))[0]
@@ -122,9 +129,15 @@ def tiled_attention(
     """The same output, tile by tile, never holding a queries × keys matrix (Chapter 5).
 
     Per query row it keeps a running maximum, sum and output, and rescales them when a tile
-    brings a larger maximum. Arguments as in `attention`; block_size is the side of a tile.
-    Sources: FlashAttention (Dao et al., 2022), algorithm 1; online softmax: Milakov and
-    Gimelshein, 2018.
+    brings a larger maximum. Sources: FlashAttention (Dao et al., 2022), algorithm 1; online
+    softmax: Milakov and Gimelshein, 2018.
+
+    Args:
+        query: as in `attention`, like key, value and causal.
+        key: (..., kv_heads, keys, head_dim).
+        value: (..., kv_heads, keys, any).
+        causal: nobody looks into the future.
+        block_size: rows and columns of a tile.
 
     Example:
         >>> query, key, value = torch.randn(3, 5, 8)
@@ -268,9 +281,13 @@ class MultiHeadAttention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Mix hidden (batch, tokens, hidden_size): `(output, weights)`.
+        """The mixed hidden states and the weights.
 
-        rotary is the `(cos, sin)` of `rotate`; mask and causal are those of `attention`.
+        Args:
+            hidden: (batch, tokens, hidden_size).
+            rotary: the `(cos, sin)` of `rotate`.
+            mask: as in `attention`.
+            causal: as in `attention`.
         """
         query = split_heads(self.q_proj(hidden), self.heads)
         key = split_heads(self.k_proj(hidden), self.kv_heads)

@@ -1,17 +1,16 @@
 """Numbers as bits: eight formats taken apart and put together by hand (Appendix B).
 
-Nothing here asks torch for a conversion: a pattern becomes a number by the definition of
-its format, and a number becomes a pattern by counting steps. The work is done in float64,
-which holds every number of every format here exactly.
-
-Sources: IEEE 754 (fp32, fp16), "FP8 Formats for Deep Learning" (Micikevicius et al.,
-2022; e4m3 and e5m2), and the OCP Microscaling Formats specification 1.0 (fp4 e2m1).
+A pattern becomes a number by the definition of its format, and a number becomes a pattern by
+counting steps, in float64, which holds every number of every format here exactly. Sources:
+IEEE 754 (fp32, fp16), "FP8 Formats for Deep Learning" (Micikevicius et al., 2022; e4m3 and
+e5m2), and the OCP Microscaling Formats specification 1.0 (fp4 e2m1).
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import SupportsFloat, SupportsIndex, cast
@@ -34,9 +33,8 @@ class FloatFormat:
         name: as in `FORMATS`.
         exponent_bits: how many bits say the power of two.
         mantissa_bits: how many bits stand behind the binary point.
-        reserved: how many patterns, counted from all ones down, are not numbers. IEEE 754
-            gives up every pattern whose exponent is all ones (for infinity and NaN), e4m3
-            a single one (for NaN), fp4 none.
+        reserved: how many patterns, counted from all ones down, are not numbers. IEEE 754 gives up
+            all whose exponent is all ones (infinity and NaN), e4m3 one (NaN), fp4 none.
         nan: the pattern written for NaN, None where there is none.
     """
 
@@ -101,9 +99,7 @@ class FloatFormat:
 
 
 class IntegerFormat:
-    """An integer format; where it is signed, the top bit counts negative.
-
-    That is two's complement: -128 + 127 = -1, and addition needs no special cases.
+    """An integer format; where it is signed, the top bit counts negative (two's complement).
 
     Args:
         name: as in `FORMATS`.
@@ -223,9 +219,8 @@ def decode(bits: SupportsIndex | str | Sequence[int], kind: str) -> Bits:
     """The number that a pattern stands for (Appendix B).
 
     Args:
-        bits: an unsigned integer (0x3F80), text ("0 01111111 0000000"; spaces and
-            underscores are ignored), or a list of zeros and ones, highest bit first;
-            ValueError for another number of bits.
+        bits: an unsigned integer (0x3F80), text ("0 01111111 0000000"; spaces and underscores are
+            ignored), or a list of zeros and ones, highest bit first; ValueError otherwise.
         kind: a key of `FORMATS`.
 
     Example:
@@ -236,7 +231,13 @@ def decode(bits: SupportsIndex | str | Sequence[int], kind: str) -> Bits:
     try:
         pattern = operator.index(cast(SupportsIndex, bits))
     except TypeError:
-        pattern = _from_digits(bits, kind, size)
+        digits = re.sub(r"[\s_,()\[\]]", "", str(bits))
+        if not re.fullmatch(f"[01]{{{size}}}", digits):
+            raise ValueError(
+                f"bits must be an unsigned integer, or {size} zeros and ones for {kind}, "
+                f"such as {'01' * (size // 2)!r}; got {bits!r}"
+            ) from None
+        pattern = int(digits, 2)
     if not 0 <= pattern < 2**size:
         raise ValueError(
             f"bits must be from 0 to {2**size - 1:#x} for {kind}, not {pattern} (a negative "
@@ -248,10 +249,9 @@ def decode(bits: SupportsIndex | str | Sequence[int], kind: str) -> Bits:
 def encode(number: SupportsFloat, kind: str) -> Bits:
     """The pattern a number is stored as, rounded once, straight from float64 (Appendix B).
 
-    Rounds to nearest, ties to even. Where a number is too large, fp32, bf16, fp16 and
-    fp8_e5m2 store infinity; fp8_e4m3 (torch's float8_e4m3fn, as of torch 2.12) and fp4_e2m1
-    saturate at their largest number. Integer formats cut the fraction off and wrap around,
-    as `tensor.to(torch.int8)` does.
+    Rounds to nearest, ties to even. Where a number is too large, fp32, bf16, fp16 and fp8_e5m2
+    store infinity; fp8_e4m3 (torch's float8_e4m3fn, as of torch 2.12) and fp4_e2m1 their largest
+    number. Integer formats cut the fraction off and wrap around, as `tensor.to(torch.int8)` does.
 
     Args:
         number: a single number (TypeError); no NaN where the format has none (ValueError).
@@ -329,17 +329,3 @@ def values(kind: str) -> NDArray[np.float64]:
 def _format(kind: str) -> FloatFormat | IntegerFormat:
     one_of("kind", kind, FORMATS)
     return FORMATS[kind]
-
-
-def _from_digits(digits: object, kind: str, size: int) -> int:
-    """Text or a list of zeros and ones as an unsigned integer."""
-    try:
-        text = "".join(map(str, digits)).replace(" ", "").replace("_", "")  # type: ignore
-    except TypeError:  # not even a sequence
-        text = ""
-    if len(text) != size or set(text) - {"0", "1"}:
-        raise ValueError(
-            f"bits must be an unsigned integer, or {size} zeros and ones for {kind}, "
-            f"such as {'01' * (size // 2)!r}; got {digits!r}"
-        )
-    return int(text, 2)

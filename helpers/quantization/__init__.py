@@ -1,12 +1,10 @@
 """Numbers in fewer bits, from evenly spaced levels to NF4 with double quantization (Chapter 2).
 
-Plain tensor arithmetic, and the codes equal those of bitsandbytes 0.50's CPU kernels bit
-for bit (on an H100: NF4's too, though 2 in 1,000 of its double-quantized scales differ;
-FP4's but for its two zeros, which change places, and in bfloat16 one byte in nine hundred;
-int8's but for one in ten thousand, because CUDA divides less exactly).
-
-Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2110.02861),
-"LLM.int8()" (2208.07339) and "QLoRA" (2305.14314).
+The codes equal those of bitsandbytes 0.50's CPU kernels bit for bit (on an H100: NF4's too, though
+2 in 1,000 of its double-quantized scales differ; FP4's but for its two zeros, which change places,
+and in bfloat16 one byte in nine hundred; int8's but for one in ten thousand, because CUDA divides
+less exactly). Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization"
+(2110.02861), "LLM.int8()" (2208.07339) and "QLoRA" (2305.14314).
 """
 
 from helpers.quantization.four_bit import (

@@ -22,7 +22,11 @@ class Quantized(Shown):
         return f"{type(self).__name__}: {weights} weights, {self.bits_per_weight:.3f} bits each"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values that the codes stand for; dtype: the weights' own unless given."""
+        """The values that the codes stand for, in the weights' shape.
+
+        Args:
+            dtype: of the result; the weights' own unless given.
+        """
         values = self._values().flatten()[: self.shape.numel()]
         return values.reshape(self.shape).to(dtype or self.dtype)
 

@@ -19,9 +19,9 @@ _SCALE_BLOCK = 256  # block scales that share a second-level scale, fixed in bit
 def nf4_code_book() -> Tensor:
     """The 16 levels of NF4: quantiles of a normal distribution, scaled to [-1, 1].
 
-    Eight positive and seven negative levels, evenly spaced in probability, and an exact
-    zero (Chapter 2; QLoRA, section 3). The outermost probability is half-way between
-    those of 15 and of 16 equal slices of a normal distribution, to the published digits.
+    Eight positive and seven negative levels, evenly spaced in probability, and an exact zero
+    (Chapter 2; QLoRA, section 3). The outermost probability is half-way between those of 15 and
+    of 16 equal slices of a normal distribution, to the published digits.
 
     Example:
         >>> nf4_code_book()[6:10]
@@ -82,9 +82,9 @@ CODE_BOOKS = {"nf4": nf4_code_book, "fp4": fp4_code_book}
 class Quantized4Bit(Quantized):
     """4-bit codes in blocks; the buffers are those of bitsandbytes' quantized layer.
 
-    codes: uint8 (pairs, 1), two codes a byte, the first in the high half. block_scales:
-    float32 (blocks,), or uint8 codes of them when double-quantized; then nested_absmax
-    (float32, one per 256 blocks) and offset (their mean) decode them.
+    codes: uint8 (pairs, 1), two codes a byte, the first in the high half. block_scales: float32
+    (blocks,), or uint8 codes of them when double-quantized; then nested_absmax (float32, one per
+    256 blocks) and offset (their mean) decode them.
     """
 
     block_scales: Tensor
@@ -116,9 +116,7 @@ class Quantized4Bit(Quantized):
 def quantize_nf4(
     weights: Tensor, *, block_size: int = 64, double_quantize: bool = False
 ) -> Quantized4Bit:
-    """Quantize to NF4 in blocks, codes and scales as bitsandbytes has them (Chapter 2).
-
-    Source: QLoRA, section 3.
+    """Quantize to NF4 in blocks, as bitsandbytes does (Chapter 2; QLoRA, section 3).
 
     Args:
         weights: float32, bfloat16 or float16 of any shape, and finite; blocks run over the
@@ -136,7 +134,12 @@ def quantize_nf4(
 def quantize_fp4(
     weights: Tensor, *, block_size: int = 64, double_quantize: bool = False
 ) -> Quantized4Bit:
-    """Quantize to 4-bit floating point in blocks; all else as in `quantize_nf4` (Chapter 2).
+    """Quantize to 4-bit floating point in blocks, as bitsandbytes does (Chapter 2).
+
+    Args:
+        weights: as in `quantize_nf4`.
+        block_size: as in `quantize_nf4`.
+        double_quantize: as in `quantize_nf4`.
 
     Example:
         >>> quantize_fp4(torch.tensor([-3.0, 0.0, 1.9])).dequantize()
@@ -216,14 +219,11 @@ def _nearest(values: Tensor, book: Tensor) -> Tensor:
 
 # ── two habits of bitsandbytes, without which some codes would differ ────────────────────
 def _divide_in_the_short_block(blocks: Tensor, absmax: Tensor, scaled: Tensor) -> None:
-    """It divides in a short last block and multiplies by 1/absmax in all others.
-
-    On a tie between two levels the last bit of that decides.
-    """
+    """It divides in a short last block and multiplies by 1/absmax elsewhere: last bits differ."""
     absmax[-1].clamp_(min=1e-38)
     scaled[-1] = blocks[-1] / absmax[-1]
 
 
 def _on_the_grid(scaled: Tensor) -> Tensor:
-    """Its CPU kernel looks codes up in a table of 65,536 places, a GPU compares midpoints."""
+    """On a CPU it looks codes up in a table of 65,536 places; a GPU compares with midpoints."""
     return torch.floor((scaled + 1) * 32767.5 + 0.5) / 32767.5 - 1
