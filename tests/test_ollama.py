@@ -157,7 +157,9 @@ def test_the_address_is_read_as_ollamas_client_reads_it(form, monkeypatch):
     assert asked == [f"{FORMS[form]}/api/chat"]
 
 
-@pytest.mark.parametrize("form", ["host:port", "host:99999", "ftp://host", "ftp://host:80", "a:b:c", "[::1"])
+@pytest.mark.parametrize(
+    "form", ["host:port", "host:99999", "ftp://host", "ftp://host:80", "a:b:c", "[::1"]
+)
 def test_an_address_of_no_form_is_named(form):
     with pytest.raises(ValueError, match="OLLAMA_HOST") as error:
         serving.ollama_chat("yoda", [], address=form)
