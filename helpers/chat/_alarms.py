@@ -32,8 +32,7 @@ def check_labels(row: Sequence[Token]) -> Alarms:
     """The alarms that need no template."""
     if padding := sum(token.padding and token.trained for token in row):
         yield "padding_trained", f"trains {padding} padding tokens: their labels must be -100."
-    wrong = sum(token.trained and token.label != token.id for token in row)
-    if wrong:
+    if wrong := sum(token.trained and token.label != token.id for token in row):
         ahead = sum(t.trained and t.id != t.label == after.id for t, after in pairwise(row))
         cause = "labels[i] must be input_ids[i] or -100"
         if ahead > wrong / 2:
@@ -54,11 +53,7 @@ class Sample:
     """One sample of a batch, without padding, held against the format of its chat."""
 
     def __init__(
-        self,
-        format: ChatFormat,
-        tokenizer: Tokenizer,
-        tokens: Sequence[Token],
-        pieces: Sequence[bytes],
+        self, format: ChatFormat, tokenizer: Tokenizer, tokens: list[Token], pieces: list[bytes]
     ) -> None:
         self.format, self.tokenizer, self.tokens = format, tokenizer, tokens
         said = [pieces[token.index] for token in tokens]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers.chat._tokens import squeeze, token_bytes
 
@@ -123,13 +123,15 @@ def _probe(tokenizer: Tokenizer, template: str) -> tuple[str, list[tuple[int, in
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    specials: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
     def render(messages, prompt=False):
         return render_jinja_template(
             conversations=[messages],
             chat_template=template,
             return_assistant_tokens_mask="endgeneration" in template,
             add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
+            **specials,
         )
 
     failure = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
@@ -36,21 +36,15 @@ class Token:
         return "padding" if self.padding else "trained" if self.trained else "ignored"
 
 
-def read_row(
-    tokenizer: Tokenizer,
-    row: int,
-    input_ids: Sequence[int],
-    labels: Sequence[int],
-    attention_mask: Sequence[int] | None = None,
-    position_ids: Sequence[int] | None = None,
-) -> list[Token]:
+def read_row(tokenizer: Tokenizer, row: int, columns: Mapping[str, Sequence[int]]) -> list[Token]:
     """The tokens of one row; a position of 0 behind another token begins a new sample."""
-    texts = [data.decode(errors="backslashreplace") for data in token_bytes(tokenizer, input_ids)]
-    padding = _pad_flags(tokenizer, input_ids, attention_mask)
+    ids, positions = columns["input_ids"], columns.get("position_ids")
+    texts = [data.decode(errors="backslashreplace") for data in token_bytes(tokenizer, ids)]
+    padding = _pad_flags(tokenizer, ids, columns.get("attention_mask"))
     before = list(accumulate((not pad for pad in padding), initial=0))  # real tokens before each
     tokens, sample = [], 0
-    for i, (index, label) in enumerate(zip(input_ids, labels, strict=True)):
-        position = position_ids[i] if position_ids else before[i]
+    for i, (index, label) in enumerate(zip(ids, columns["labels"], strict=True)):
+        position = positions[i] if positions else before[i]
         sample += position == 0 < before[i] and not padding[i]
         tokens.append(Token(row, i, index, label, texts[i], padding[i], position, sample))
     return tokens
@@ -85,7 +79,7 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int], fenced: bool = False) 
             fences = fenced and added.special
             pieces.append(fence(added.content) if fences else added.content.encode())
         elif token is None:
-            raise ValueError(f"input_ids holds {index}: an id of another tokenizer")
+            raise ValueError(f"input_ids holds {index}, which must come from another tokenizer")
         elif byte_level:
             pieces.append(bytes(byte_of[char] for char in token if char in byte_of))
         elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):

@@ -230,9 +230,9 @@ def plot(layouts: Sequence[Layout]) -> Figure:
     """
     colors = [plots.COLORS[name] for name in ("blue", "orange", "green", "purple", "sky")]
     palette = ListedColormap(["#DDDDDD", *colors])
-    rows = [len(layout.samples) for layout in layouts]
-    height = 0.25 * sum(rows) + 0.75 * len(layouts)
-    shared = {"sharex": True, "squeeze": False, "height_ratios": [count + 1 for count in rows]}
+    heights = [len(layout.samples) + 1 for layout in layouts]
+    shared: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": heights}
+    height = 0.25 * sum(heights) + 0.5 * len(layouts)
     fig, axes = plots.figure(len(layouts), width=8, height=height, **shared)
     for ax, layout in zip(axes[:, 0], layouts, strict=True):
         shown = (layout.samples % len(colors) + 1).masked_fill(layout.samples == PADDING, 0)

@@ -33,6 +33,7 @@ _STYLES = {
     "padding": ("background:#eeeeee;color:#8c8c8c", "<s>{}</s>"),
 }
 _SHOWN_ROWS = 8  # in a notebook
+_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -142,9 +143,6 @@ def mask_view(
         position_ids: a restart at 0 marks the next sample of a packed row.
         template: reason from this chat template instead of the tokenizer's.
 
-    Returns:
-        A `MaskView`: `.tokens`, `.problems`, `.learned`.
-
     Raises:
         ValueError: for a missing or broken template, or shapes that differ.
         TypeError: for ids that are no integers.
@@ -154,16 +152,14 @@ def mask_view(
         []
     """
     given = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids}
-    if hasattr(input_ids, "keys"):
-        batch, input_ids = input_ids, input_ids["input_ids"]
-        given = {k: batch.get(k) if column is None else column for k, column in given.items()}
-    if given["labels"] is None:
+    batch: Any = input_ids if hasattr(input_ids, "keys") else {"input_ids": input_ids}
+    batch = {**batch, **{name: column for name, column in given.items() if column is not None}}
+    columns = {k: _as_rows(batch[k], k) for k in _COLUMNS if batch.get(k) is not None}
+    if "labels" not in columns:
         raise ValueError(
             "labels are missing: pass the labels your collator made, or a batch that has "
             "them. A dataset row has none before the trainer or the collator builds them."
         )
-    given = {k: column for k, column in given.items() if column is not None}
-    columns = {k: _as_rows(column, k) for k, column in {"input_ids": input_ids, **given}.items()}
     shape = [len(row) for row in columns["input_ids"]]
     for name, rows in columns.items():
         if (lengths := [len(row) for row in rows]) != shape:
@@ -175,7 +171,7 @@ def mask_view(
     tokens, learned = [], []
     found: dict[str, dict[int, str]] = {}  # by code: the first message of each row
     for number, ids in enumerate(columns["input_ids"]):
-        row = read_row(tokenizer, number, **{k: rows[number] for k, rows in columns.items()})
+        row = read_row(tokenizer, number, {k: rows[number] for k, rows in columns.items()})
         pieces = token_bytes(tokenizer, ids, fenced=True)
         real = [token for token in row if not token.padding]
         alarms = list(check_labels(row))
@@ -199,27 +195,20 @@ def _as_rows(value: Any, name: str) -> list[list[int]]:
     value = value.tolist() if hasattr(value, "tolist") else list(value)
     value = [row.tolist() if hasattr(row, "tolist") else row for row in value]
     rows = value if value and isinstance(value[0], list | tuple) else [value]
-    for item in (item for row in rows for item in row):
-        if not isinstance(item, int):
-            raise TypeError(
-                f"{name} must hold integers, one row or several: token ids as a tokenizer or "
-                f"a collator gives them, not {type(item).__name__}"
-            )
+    if not all(isinstance(item, int) for row in rows for item in row):
+        raise TypeError(f"{name} must hold integers: token ids as a tokenizer or a collator gives")
     return [list(row) for row in rows]
 
 
 def trainer_mask_view(trainer: Trainer, batches: int = 1) -> MaskView:
     """The mask view of a trainer's first batches, as its collator makes them.
 
-    Drawing them leaves the random state as it was, so training is not changed. Reasons
-    from the template the trainer uses, which TRL swaps for a marked one when needed.
+    Drawing them leaves the random state, and so the training, as it was. The template is
+    the trainer's, which TRL swaps for a marked one when needed.
 
     Args:
         trainer: a trainer with a train dataset.
         batches: how many batches to draw.
-
-    Returns:
-        A `MaskView` of all their rows.
 
     Raises:
         ValueError: if the data loader gives no batch.
@@ -233,14 +222,13 @@ def trainer_mask_view(trainer: Trainer, batches: int = 1) -> MaskView:
     rows: dict[str, list[list[int]]] = {}
     with torch.random.fork_rng(devices=[]):
         for batch in islice(trainer.get_train_dataloader(), batches):
-            for name in ("input_ids", "labels", "attention_mask", "position_ids"):
-                if name in batch:
-                    rows.setdefault(name, []).extend(_as_rows(batch[name], name))
+            for name in batch.keys() & set(_COLUMNS):
+                rows.setdefault(name, []).extend(_as_rows(batch[name], name))
     if not rows:
         raise ValueError(
             "trainer's data loader gives no batch: its train_dataset is empty, perhaps "
             "because every sample was cut before its answer began (raise max_length)."
         )
-    processing = trainer.processing_class
+    processing: Any = trainer.processing_class
     tokenizer = getattr(processing, "tokenizer", processing)
     return mask_view(tokenizer, rows, template=getattr(trainer, "chat_template", None))

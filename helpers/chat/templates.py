@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -106,8 +106,8 @@ def encode_chat(
             "get_training_chat_template(tokenizer) returns."
         )
     try:
-        row = tokenizer.apply_chat_template(
-            list(messages),
+        row: Any = tokenizer.apply_chat_template(
+            list(map(dict, messages)),
             chat_template=template,
             return_dict=True,
             return_assistant_tokens_mask=True,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from tokenizers import AddedToken
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    Text: TypeAlias = str | AddedToken
     Model = TypeVar("Model", bound=PreTrainedModel | PeftModel)
 
 # Where a padding token may come from, best first, matched against names of special
@@ -26,15 +28,15 @@ _COMMON_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
-    bos: str | AddedToken | None = None,
-    pad: str | AddedToken | None = None,
-    unk: str | AddedToken | None = None,
-    special_tokens: Iterable[str | AddedToken] = (),
-    tokens: Iterable[str | AddedToken] = (),
-) -> PreTrainedTokenizerBase:
-    """Make a tokenizer safe to train with, in place; doing it twice equals doing it once.
+    bos: Text | None = None,
+    pad: Text | None = None,
+    unk: Text | None = None,
+    special_tokens: Iterable[Text] = (),
+    tokens: Iterable[Text] = (),
+) -> Tokenizer:
+    """Make a tokenizer safe to train with, in place and return it; twice equals once.
 
     Tokens missing from the vocabulary are added: run `prepare_model` afterwards.
 
@@ -47,9 +49,6 @@ def prepare_tokenizer(
         unk: replaces the unknown token; by default it stays.
         special_tokens: further tokens, which decoding may skip.
         tokens: further ordinary words.
-
-    Returns:
-        The same tokenizer.
 
     Raises:
         ValueError: if `pad` is the EOS token or plays a part in the template.
@@ -66,11 +65,9 @@ def prepare_tokenizer(
     for name, several in (("special_tokens", special_tokens), ("tokens", tokens)):
         if isinstance(several, str):
             raise TypeError(f"{name} must be a list of tokens, e.g. [{several!r}]")
-    named = {"bos_token": bos, "unk_token": unk}
-    if named := {role: token for role, token in named.items() if token is not None}:
-        for token in named.values():
-            _text(token)
-        tokenizer.add_special_tokens(named)
+    for role, token in (("bos_token", bos), ("unk_token", unk)):
+        if token is not None and _text(token):
+            tokenizer.add_special_tokens({role: token})
     known = tokenizer.get_added_vocab()
     if extra := [token for token in special_tokens if _text(token) not in known]:
         tokenizer.add_special_tokens(
@@ -98,15 +95,14 @@ def prepare_tokenizer(
     return tokenizer
 
 
-def _text(token: str | AddedToken) -> str:
-    if isinstance(token, str) and token:
-        return token
-    if hasattr(token, "content"):
-        return token.content
+def _text(token: Text) -> str:
+    text = getattr(token, "content", token)
+    if isinstance(text, str) and text:
+        return text
     raise TypeError(f"a token must be a non-empty string or an AddedToken, not {token!r}")
 
 
-def _spoken_by_template(tokenizer) -> set[int]:
+def _spoken_by_template(tokenizer: Any) -> set[int]:
     """Ids that the chat template itself writes: they carry meaning in a chat."""
     if not tokenizer.chat_template:
         return set()
@@ -129,7 +125,7 @@ def _spoken_by_template(tokenizer) -> set[int]:
     return ids
 
 
-def _find_pad(tokenizer, spoken: set[int]) -> str:
+def _find_pad(tokenizer: Any, spoken: set[int]) -> str:
     """A token that can pad without ever meaning something, or a new name for one."""
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
     spare = [
@@ -149,10 +145,8 @@ def _find_pad(tokenizer, spoken: set[int]) -> str:
     return unk
 
 
-def prepare_model(
-    model: Model, tokenizer: PreTrainedTokenizerBase, *, multiple_of: int = 64
-) -> Model:
-    """Make a model agree with its tokenizer, in place; doing it twice equals doing it once.
+def prepare_model(model: Model, tokenizer: Tokenizer, *, multiple_of: int = 64) -> Model:
+    """Make a model agree with its tokenizer, in place and return it; twice equals once.
 
     The embedding grows if a token has no row, and never shrinks: spare rows are free. Tied
     heads stay tied. PAD, BOS and EOS ids go into `config` and `generation_config`; where
@@ -162,9 +156,6 @@ def prepare_model(
         model: a causal language model, with or without an adapter.
         tokenizer: as `prepare_tokenizer` left it.
         multiple_of: rows of a grown embedding; multiples of 64 suit the kernels.
-
-    Returns:
-        The same model.
 
     Raises:
         ValueError: if the tokenizer lacks EOS, or PAD is missing or equal to it.
@@ -179,16 +170,16 @@ def prepare_model(
             "different: set tokenizer.eos_token, then run chat.prepare_tokenizer(tokenizer) first."
         )
     needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > model.get_input_embeddings().weight.shape[0]:
+    embedding: Any = model.get_input_embeddings()
+    if needed > len(embedding.weight):
         model.resize_token_embeddings(needed, pad_to_multiple_of=multiple_of)
+        embedding = model.get_input_embeddings()
     # An embedding gives its padding row no gradient. Built with pad == eos, it would
     # freeze the input side of the very token that ends an answer.
-    embedding = model.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:
         embedding.padding_idx = pad
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-        if config is None:
-            continue
+    configs: list[Any] = [model.config.get_text_config(), getattr(model, "generation_config", None)]
+    for config in filter(None, configs):
         stops = config.eos_token_id
         several = isinstance(stops, list | tuple)
         config.eos_token_id = [eos, *(i for i in stops if i != eos)] if several else eos
