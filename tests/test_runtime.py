@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
 from helpers import _machine, runtime
 
 
