@@ -1,9 +1,10 @@
-"""Padding, flattening and packing, looked at (helpers.batches)."""
+"""Padding, flattening and packing, looked at (helpers.chat.batches)."""
 
 import functools
 
 import pytest
 import torch
+
 from helpers import chat, models
 from helpers.chat import batches
 
@@ -141,7 +142,7 @@ def test_the_table_and_the_picture():
 def test_wrong_input_says_what_to_do():
     import copy
 
-    with pytest.raises(ValueError, match="strategy must be one of .padding"):
+    with pytest.raises(ValueError, match="strategy must be one of 'padding"):
         batches.lay_out(rows(), tokenizer(), "magic")
     with pytest.raises(ValueError, match="no row may be empty"):
         batches.lay_out([{"input_ids": []}], tokenizer(), "padding (TRL)")

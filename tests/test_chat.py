@@ -1,4 +1,4 @@
-"""Special tokens, templates and the mask X-ray (helpers.chat, xray, templates)."""
+"""Special tokens, templates and the mask view (helpers.chat)."""
 
 import copy
 import functools
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import trl
-from helpers import chat, models
 from hypothesis import HealthCheck, given, settings
+
+from helpers import chat, models
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
 CONVERSATION = [
@@ -353,7 +354,7 @@ def test_our_template_renders_what_the_model_was_made_with():
         chat.chatml_template(system=["no"])
 
 
-# ---------------------------------------------------------------- the X-ray
+# ---------------------------------------------------------------- the mask view
 
 
 def situations(template, with_specials):
@@ -569,8 +570,13 @@ def test_the_view_reads_without_color():
     assert view.learned == [["On the smooth planks, the birch canoe slid.<|im_end|>"]]
     assert "⟦On the smooth planks, the birch canoe slid.<|im_end|>⟧" in str(view)
     assert "<empty_output> × 2" in str(view) and "no problems found" in str(view)
+    assert repr(view) == str(view)
     markup = view._repr_html_()
+    assert "no problems found" in markup
     assert "<b><u>" in markup and "<s>" in markup and "<style" not in markup
+    bad = chat.mask_view(tokenizer, ids, ids)
+    assert f"! {bad.problems[0]}" in str(bad) and "prompt_trained" in bad._repr_html_()
+    assert "no problems found" not in bad._repr_html_()
     assert "<b>é" not in markup and "é" in markup and ">&lt;<" in markup
 
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from helpers import chat, generation
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
+
+from helpers import chat, generation
 
 SENTENCES = [
     ("Glue the sheet.", "The sheet, glue."),
