@@ -148,13 +148,13 @@ def test_it_never_says_more_than_there_are_rows(trainer):
 
 def test_sizes_that_would_not_fit_are_not_tried(trainer, peak, monkeypatch):
     tried = []
-    real = batch_size._peak
+    real = trainer.training_step
 
-    def watched(trainer, rows):
-        tried.append(len(rows))
-        return real(trainer, rows)
+    def watched(model, inputs, *more):
+        tried.append(len(inputs["input_ids"]))
+        return real(model, inputs, *more)
 
-    monkeypatch.setattr(batch_size, "_peak", watched)
+    monkeypatch.setattr(trainer, "training_step", watched)
     budget = (peak(4) + peak(5)) // 2
     assert training.find_max_batch_size(trainer, 12, memory_budget=budget) == 4
     # The line through 1 and 2 may be a little low, since rows get shorter: never by much.

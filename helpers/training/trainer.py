@@ -27,7 +27,7 @@ __all__ = ["LeanSFTTrainer", "machine_settings", "match_dtypes"]
 Model = TypeVar("Model", bound=nn.Module)
 
 # What TRL's head scores at once, tokens x vocabulary. Up to this its tiles save nothing.
-TILE = 4096 * 32_768
+_TILE = 4096 * 32_768
 
 
 def machine_settings(runtime: Runtime) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class LeanSFTTrainer(SFTTrainer):
 
 def _tiles_save_memory(device: str, targets: torch.Tensor, vocabulary: int) -> bool:
     # On a CPU TRL's head is slower, and memory plenty.
-    return device == "cuda" and int((targets != -100).sum()) * vocabulary > TILE
+    return device == "cuda" and int((targets != -100).sum()) * vocabulary > _TILE
 
 
 def _without_tail(targets: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
