@@ -6,15 +6,25 @@ that the reference's author did not choose. Case, punctuation at the end and int
 such as "Yes, hrrrm," are ignored by all three.
 """
 
-import html
+from __future__ import annotations
+
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from helpers import data
+from helpers._checks import whole_number
+from helpers._report import Shown, card, counted, escape, shorten, table
 from helpers.generation import generate
 
-ADDED_WORDS = ("you", "must")  # what a translated command may add (see helpers/yoda)
-SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ADDED_WORDS = ("you", "must")  # what a translated command may add (see helpers/yoda)
+_SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
+_MOST_ROWS = 12  # of a report in a notebook
 
 
 @dataclass(frozen=True)
@@ -27,76 +37,82 @@ class Example:
     exact: bool
     valid_order: bool
 
+    @property
+    def verdict(self) -> str:
+        """'exact', 'valid order' or 'wrong'."""
+        return "exact" if self.exact else "valid order" if self.valid_order else "wrong"
 
-@dataclass(frozen=True)
-class Report:
+
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """How well the answers match: percentages from 0 to 100, and every example.
 
-    exact_match: same text as the reference. valid_order: same words in a new order.
-    chrf: character n-gram F-score (sacrebleu; Popović, 2015).
+    Attributes:
+        exact_match: same text as the reference.
+        valid_order: same words in a new order.
+        chrf: character n-gram F-score (sacrebleu; Popović, 2015).
+        examples: an `Example` per sentence.
     """
 
     exact_match: float
     valid_order: float
     chrf: float
-    examples: list = field(repr=False)
+    examples: list[Example]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
-            f"{len(self.examples)} sentences: exact match {self.exact_match:.1f} %, "
+            f"{counted(len(self.examples), 'sentence')}: exact match {self.exact_match:.1f} %, "
             f"valid word order {self.valid_order:.1f} %, chrF {self.chrf:.1f}"
         )
 
-    def _repr_html_(self, limit=12):
+    def _repr_html_(self) -> str:
         # Failures first: they teach more than successes.
         shown = sorted(self.examples, key=lambda example: (example.exact, example.valid_order))
-        rows = "".join(_row(example) for example in shown[:limit])
-        style = "text-align:left"
-        head = "".join(
-            f"<th style='{style}'>{title}</th>"
-            for title in ("sentence", "reference", "answer", "verdict")
-        )
-        note = f"<p>{html.escape(str(self))}</p>"
-        return f"{note}<table><tr>{head}</tr>{rows}</table>"
+        rows = [(e.sentence, e.reference, shorten(e.answer), e.verdict) for e in shown[:_MOST_ROWS]]
+        head = ("sentence", "reference", "answer", "verdict")
+        return card(str(self), html=f"<p>{escape(str(self))}</p>{table(rows, head)}")
 
 
-def _row(example):
-    verdict = "exact" if example.exact else "valid order" if example.valid_order else "wrong"
-    texts = (example.sentence, example.reference, _shorten(example.answer), verdict)
-    return (
-        "<tr>"
-        + "".join(f"<td style='text-align:left'>{html.escape(text)}</td>" for text in texts)
-        + "</tr>"
-    )
-
-
-def _shorten(text, width=90):
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def evaluate(model, tokenizer, dataset, *, limit=None, max_new_tokens=None):
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Report:
     """Answer every prompt greedily and compare with the references (Chapter 0).
 
-    dataset: rows with 'prompt' and 'completion' (message lists), with 'messages', or with
-        'sentence' and 'translation', as `data.load_yoda` gives them.
-    limit: judge only the first `limit` rows. max_new_tokens: cut longer answers off, as an
-        untrained model would ramble on; None: a little behind the longest reference.
-    Returns a `Report`. Raises ValueError for an empty dataset or unknown columns.
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: the model's, with a chat template.
+        dataset: rows with 'prompt' and 'completion' (message lists), with 'messages', or
+            with 'sentence' and 'translation', as `data.load_yoda` gives them.
+        limit: judge only the first `limit` rows.
+        max_new_tokens: cut longer answers off, as an untrained model would ramble on;
+            None: a little behind the longest reference.
+
+    Raises:
+        ValueError: an empty dataset, unknown columns, or a limit below 1.
+
+    Example:
+        >>> evaluate(model, tokenizer, data.load_yoda("test")).exact_match  # doctest: +SKIP
+        85.3
     """
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit must be a positive int or None, not {limit!r}")
-    rows = list(dataset) if limit is None else list(dataset)[:limit]
+    if limit is not None:
+        whole_number("limit", limit)
+    rows = list(dataset)[:limit]
     if not rows:
         raise ValueError("dataset is empty: there is nothing to judge")
-    prompts, references = zip(*(_split(row) for row in rows), strict=True)
+    prompts, references = zip(*map(_split, rows), strict=True)
     if max_new_tokens is None:
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
-        max_new_tokens = max(map(len, encoded)) + SPARE_TOKENS
+        max_new_tokens = max(map(len, encoded)) + _SPARE_TOKENS
     answers = generate(model, tokenizer, list(prompts), max_new_tokens=max_new_tokens)
     return judge([prompt[-1]["content"] for prompt in prompts], references, answers)
 
 
-def _split(row):
+def _split(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """(prompt messages, reference text) of one dataset row."""
     if "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], str):
@@ -112,8 +128,18 @@ def _split(row):
     )
 
 
-def judge(sentences, references, answers):
-    """Score answers you already have; three equally long lists of str, as a `Report`."""
+def judge(sentences: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> Report:
+    """Score answers you already have.
+
+    Args:
+        sentences: what was asked.
+        references: the right answers.
+        answers: the model's; all three equally long, ValueError otherwise.
+
+    Example:
+        >>> print(judge(["The tea is hot."], ["Hot, the tea is."], ["hot the tea is"]))
+        1 sentence: exact match 0.0 %, valid word order 100.0 %, chrF 66.7
+    """
     from sacrebleu.metrics import CHRF
 
     if not len(sentences) == len(references) == len(answers) > 0:
@@ -121,48 +147,49 @@ def judge(sentences, references, answers):
             "sentences, references and answers must be equally long and not empty, not "
             f"{len(sentences)}, {len(references)} and {len(answers)} long"
         )
-    examples = [
-        Example(
-            sentence=sentence,
-            reference=reference,
-            answer=answer,
-            exact=normalize(answer) == normalize(reference),
-            valid_order=valid_order(sentence, answer),
-        )
-        for sentence, reference, answer in zip(sentences, references, answers, strict=True)
-    ]
-    chrf = CHRF().corpus_score(
-        [normalize(answer) for answer in answers],
-        [[normalize(reference) for reference in references]],
-    )
-    count = len(examples)
+    said, wanted = list(map(_normalize, answers)), list(map(_normalize, references))
+    exact = [mine == theirs for mine, theirs in zip(said, wanted, strict=True)]
+    valid = list(map(valid_order, sentences, answers))
     return Report(
-        exact_match=100 * sum(example.exact for example in examples) / count,
-        valid_order=100 * sum(example.valid_order for example in examples) / count,
-        chrf=chrf.score,
-        examples=examples,
+        exact_match=100 * sum(exact) / len(exact),
+        valid_order=100 * sum(valid) / len(valid),
+        chrf=CHRF().corpus_score(said, [wanted]).score,
+        examples=list(map(Example, sentences, references, answers, exact, valid)),
     )
 
 
-def normalize(text):
+def _normalize(text: str) -> str:
     """What is compared: lower case, no interjections, no punctuation at the end."""
     return " ".join(data.strip_interjections(text).lower().split()).rstrip(" .!?")
 
 
-def valid_order(sentence, answer):
-    """True when the answer reorders exactly the sentence's words (interjections aside).
+def valid_order(sentence: str, answer: str) -> bool:
+    """Whether the answer reorders exactly the sentence's words (interjections aside).
 
-    A command may gain "you must". An answer in the original order is not valid.
+    Args:
+        sentence: what was asked.
+        answer: a command may gain "you must"; the original order is not valid.
+
+    Example:
+        >>> valid_order("The tea is hot.", "Hmm, hot, the tea is.")
+        True
     """
     before, after = (data.words(data.strip_interjections(text)) for text in (sentence, answer))
     added = Counter(after) - Counter(before)
     missing = Counter(before) - Counter(after)
-    only_listed = not added or added == Counter(ADDED_WORDS)
-    return only_listed and not missing and after != before
+    return added in (Counter(), Counter(_ADDED_WORDS)) and not missing and after != before
 
 
-def compare(reports):
-    """One row per report, as a DataFrame: `compare({"base": report, "tuned": report})`."""
+def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
+    """A row per report: exact match, valid order, chrF and how many sentences.
+
+    Args:
+        reports: such as {"base": report, "tuned": report}; ValueError when empty.
+
+    Example:
+        >>> compare({"base": judge(["a b"], ["b a"], ["a b"])})["valid order (%)"].tolist()
+        [0.0]
+    """
     import pandas as pd
 
     if not reports:

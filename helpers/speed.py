@@ -121,7 +121,7 @@ def benchmark(
         >>> benchmark(sorted, [3, 1, 2], min_run_time=0.001).median < 1
         True
     """
-    name = name or getattr(function, "__name__", type(function).__name__)
+    name = name or str(getattr(function, "__name__", type(function).__name__))
     return _take_turns({name: function}, arguments, min_run_time, rounds)[name]
 
 

@@ -1,5 +1,6 @@
 import pytest
 from datasets import Dataset
+
 from helpers import data, evaluation, generation
 
 
@@ -76,7 +77,7 @@ def test_answers_are_cut_a_little_behind_the_longest_reference(embedded, tokeniz
     longest = max(len(tokenizer(row["completion"][0]["content"])["input_ids"]) for row in rows)
     evaluation.evaluate(embedded, tokenizer, rows)
     evaluation.evaluate(embedded, tokenizer, rows, max_new_tokens=5)
-    assert asked == [longest + evaluation.SPARE_TOKENS, 5]
+    assert asked == [longest + 8, 5]
 
 
 def test_reports_show_failures_first_and_escape_html():

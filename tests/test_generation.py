@@ -1,11 +1,11 @@
 import copy
 import itertools
 
+import chat_families
 import numpy as np
 import pytest
-from helpers import chat, generation
 
-import chat_families
+from helpers import chat, generation
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -139,7 +139,7 @@ def test_an_empty_list_gives_an_empty_list(embedded, tokenizer):
         ([3], {}, TypeError, "holds int"),
         ("", {}, ValueError, "empty text"),
         ("Hi", {"max_new_tokens": 0}, ValueError, "max_new_tokens"),
-        ("Hi", {"max_new_tokens": True}, ValueError, "max_new_tokens"),
+        ("Hi", {"max_new_tokens": True}, TypeError, "max_new_tokens"),
         ("Hi", {"batch_size": 0}, ValueError, "batch_size"),
     ],
 )

@@ -52,7 +52,7 @@ def adapter_parts(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Pa
 
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
-            yield layer, "default", [layer.lora_A.weight, layer.lora_B.weight]
+            yield layer, "default", [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
         elif isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper):
             for part in layer.adapter_layer_names:
                 for adapter, item in getattr(layer, part, {}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,8 +41,8 @@ def merge_error(
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
-    rows = []
-    for name, layer in model.named_modules():
+    rows, modules = [], dict[str, Any](model.named_modules())
+    for name, layer in modules.items():
         if not isinstance(layer, LoraLayer) or not len(layer.lora_A):
             continue
         base = layer.get_base_layer()
