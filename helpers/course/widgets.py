@@ -8,6 +8,7 @@ notebook) the picture is what remains.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -95,8 +96,12 @@ def adapter_price(model: PreTrainedModel, targets: dict[str, str | list[str]]) -
 
     from helpers import lora, plots
 
+    @functools.cache  # a second each: a slider must not wait for it
+    def per_rank(target: str) -> int:
+        return lora.count_trainable(model, LoraConfig(r=1, target_modules=targets[target]))
+
     def draw(target: str, rank: int, alpha: int, rslora: bool) -> Any:
-        each = lora.count_trainable(model, LoraConfig(r=1, target_modules=targets[target]))
+        each = per_rank(target)
         fig, ax = plots.figure(width=7, height=2.4)
         ranks = [2**power for power in range(9)]
         ax.plot(ranks, [r * each / 1e6 for r in ranks], color=plots.COLORS["gray"])
