@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -41,8 +41,8 @@ def merge_error(
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
 
-    rows, modules = [], dict[str, Any](model.named_modules())
-    for name, layer in modules.items():
+    rows = []
+    for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or not len(layer.lora_A):
             continue
         base = layer.get_base_layer()
@@ -55,7 +55,8 @@ def merge_error(
                 raise ValueError(f"{name} is {state}; merge_error needs unmerged, plain LoRA")
         weight = dequantize_module_weight(base).float()
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-        exact = weight + sum(layer.get_delta_weight(adapter).float() for adapter in active)
+        delta = layer.get_delta_weight  # type: ignore[attr-defined]  # of its subclasses
+        exact = weight + sum(delta(adapter).float() for adapter in active)
         parts = [weight, exact - weight, *(_stored(exact, target) - exact for target in into)]
         rows.append((name.rsplit(".", 1)[-1], 1, *(float(p.square().sum()) for p in parts)))
     squares = pd.DataFrame(rows, columns=["kind", "layers", "weight", "update", *into])
