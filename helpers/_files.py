@@ -13,7 +13,7 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A name beside `path` to write a file or a folder to; it becomes `path` at the end.
 
     When the block raises or the process dies, `path` stays as it was. Raises
-    FileExistsError before anything is done where `path` exists and overwrite is off.
+    ValueError before anything is done where `path` exists and overwrite is off.
 
     Example:
         >>> import tempfile
@@ -25,7 +25,7 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     if not overwrite and path.exists():
-        raise FileExistsError(f"{path} exists: pass overwrite=True to replace it")
+        raise ValueError(f"{path} exists: pass overwrite=True to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     partial = room / path.name

@@ -38,10 +38,6 @@ CATALOG: dict[str, tuple[str | None, str]] = {
 def default_model(chapter: int | None = None) -> str:
     """The catalog's name of the model for this machine: the book's or the embedded one.
 
-    Chapter 6 serves its model with llama.cpp: it gets the book's only where a llama.cpp
-    that computes on the card is at hand, since 3.8 billion weights on a few CPU cores mean
-    hours and some 50 GB of files.
-
     Args:
         chapter: 0 to 6, since the book changes models between chapters; None: Chapter 0.
 
@@ -52,11 +48,6 @@ def default_model(chapter: int | None = None) -> str:
     here = runtime.detect()
     if here.profile == "cpu" or here.offline:
         return EMBEDDED
-    if chapter == 6:
-        from helpers.serving import llamacpp
-
-        if not llamacpp.uses_card():
-            return EMBEDDED
     return "phi-3-mini" if chapter in (None, 0, 6) else "opt-350m"
 
 

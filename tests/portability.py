@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from helpers.course import notebooks
+from following import Follower, dotted, is_a
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.specifiers import SpecifierSet
 
-from following import Follower, dotted, is_a
+from helpers.course import notebooks
 
 ADVICE = {
     "device": "tensors of the CPU meet those of the card: .to(model.device)",

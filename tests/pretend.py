@@ -140,8 +140,9 @@ def scales(weight):
 def pretend_cuda():
     """From now on there is a card, and no Hub; returns a stack whose `close()` ends it."""
     from accelerate.state import AcceleratorState, PartialState
-    from helpers import runtime
     from transformers import PreTrainedModel, TrainingArguments
+
+    from helpers import runtime
 
     marks, load = Marks(), PreTrainedModel.from_pretrained.__func__
     devices, apply = Devices(marks), BackwardCFunction.apply

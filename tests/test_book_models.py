@@ -12,10 +12,11 @@ import shutil
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
+
 from helpers import chat, data, evaluation, models, training
 from helpers.course import exercises, notebooks
 from helpers.course.exercises import chapter0, chapter4
-from nbclient import NotebookClient
 
 pytestmark = pytest.mark.environments
 PHI_TEMPLATE = (
@@ -134,7 +135,7 @@ def test_no_exercise_asks_which_model_this_machine_would_take(kind, request, mon
     for module in (chapter0, chapter4):
         module._tokenizer.cache_clear()
     failed = {}
-    for number, exercise in exercises.catalogue().items():
+    for number, exercise in exercises.catalog().items():
         names = {"given": exercise.given()} if exercise.given else {}
         exec(exercise.solution, names)
         result = exercises.check(number, names["answer"])

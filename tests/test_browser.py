@@ -14,11 +14,11 @@ import urllib.request
 
 import nbformat
 import pytest
+from browser import needs_browser, open_page
+
 from helpers import models, serving
 from helpers.course import notebooks
 from helpers.serving import gguf, llamacpp
-
-from browser import needs_browser, open_page
 
 pytestmark = [pytest.mark.slow, needs_browser]
 ROOT = notebooks.root()

@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+
 from helpers.course import exercises
 from helpers.course.exercises import _progress
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+
 from helpers import floats
 from helpers.course import exercises
 
@@ -128,7 +129,7 @@ def test_right_answers_pass_in_any_spelling(number, answer):
 
 @pytest.mark.parametrize("number", [f"B.{n}" for n in range(1, 9)])
 def test_solutions_pass(number):
-    exercise = exercises.catalogue()[number]
+    exercise = exercises.catalog()[number]
     names = {} if exercise.given is None else {"given": exercises.given(number)}
     exec(exercise.solution, names)
     assert exercises.check(number, names["answer"]).passed

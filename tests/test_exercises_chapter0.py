@@ -1,6 +1,7 @@
 """Chapter 0's exercises refuse typical wrong answers and say what is off."""
 
 import pytest
+
 from helpers import data
 from helpers.course import exercises
 from helpers.course.exercises import chapter0

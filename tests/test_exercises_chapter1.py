@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from helpers.course import exercises
 from helpers.course.exercises import chapter1
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers.course import exercises
 from helpers.course.exercises import chapter2
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers.course import exercises
 from helpers.lora import check_training
 
@@ -150,7 +151,7 @@ def test_the_stalled_model_is_silent_and_the_alarm_is_not():
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_solutions_pass_and_say_something(number):
-    exercise = exercises.catalogue()[number]
+    exercise = exercises.catalog()[number]
     names = {"given": exercise.given()} if exercise.given else {}
     exec(exercise.solution, names)
     result = exercises.check(number, names["answer"])

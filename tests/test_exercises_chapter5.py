@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers.course import exercises
 
 NUMBERS = [f"5.{n}" for n in range(1, 10)]
@@ -101,7 +102,7 @@ def test_wrong_answers_get_their_feedback(number, answer, feedback):
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_shown_solution_passes(number):
-    exercise = exercises.catalogue()[number]
+    exercise = exercises.catalog()[number]
     names = {"given": exercises.given(number)} if exercise.given else {}
     exec(exercise.solution, names)
     result = exercises.check(number, names["answer"])

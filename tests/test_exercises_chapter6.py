@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+
 from helpers.course import exercises
 
 NUMBERS = [f"6.{n}" for n in range(1, 8)]
@@ -97,7 +98,7 @@ def test_a_template_with_another_text_is_caught_by_go():
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_shown_solution_passes(number):
-    exercise = exercises.catalogue()[number]
+    exercise = exercises.catalog()[number]
     names = {"given": exercises.given(number)} if exercise.given else {}
     exec(exercise.solution, names)
     result = exercises.check(number, names["answer"])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import _embedded, models, runtime
-from helpers.serving import llamacpp
 from safetensors.torch import save_file
+
+from helpers import _embedded, models, runtime
 
 ROOT = Path(models.__file__).parent.parent
 MAKE = "from helpers import models; print(models.embedded_folder())"
@@ -146,21 +146,17 @@ def test_a_hub_model_without_the_hub_names_the_way_out():
 
 def test_the_default_is_the_book_s_model_only_with_gpu_and_hub(monkeypatch):
     here = runtime.detect()
-    monkeypatch.setattr(llamacpp, "uses_card", lambda: False)
     for profile, offline, chapter, expected in [
         ("cpu", False, 0, models.EMBEDDED),
         ("gpu", True, 0, models.EMBEDDED),
         ("gpu", False, 0, "phi-3-mini"),
         ("gpu", False, 2, "opt-350m"),
         ("gpu", False, None, "phi-3-mini"),
-        ("gpu", False, 6, models.EMBEDDED),
+        ("gpu", False, 6, "phi-3-mini"),
     ]:
         made = runtime.Runtime(**{**vars(here), "profile": profile, "offline": offline})
         monkeypatch.setattr(runtime, "detect", lambda made=made: made)
         assert models.default_model(chapter) == expected
-    # Chapter 6 serves the book's model only with a llama.cpp that computes on the card.
-    monkeypatch.setattr(llamacpp, "uses_card", lambda: True)
-    assert models.default_model(6) == "phi-3-mini"
 
 
 def test_an_adapter_is_known_by_the_base_it_was_trained_on(tmp_path):

@@ -3,10 +3,10 @@
 import ast
 
 import nbformat
-import pytest
-from helpers.course import notebooks
-
 import portability
+import pytest
+
+from helpers.course import notebooks
 
 # Deliberate: (file, kind, words of the line) and why it may stay.
 ALLOWED = {

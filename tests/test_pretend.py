@@ -3,15 +3,15 @@
 import os
 
 import nbformat
+import pretend
 import pytest
 import torch
-from helpers import data, models, runtime
-from helpers.course import notebooks
 from nbclient import NotebookClient
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-import pretend
+from helpers import data, models, runtime
+from helpers.course import notebooks
 
 # Why a chapter is not run on a pretended card.
 NOT_PRETENDED = {

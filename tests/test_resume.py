@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from helpers.course import notebooks
 
 pytestmark = pytest.mark.slow

@@ -55,7 +55,7 @@ def convert_model(
         folder: what `save_pretrained` of the model and of its tokenizer wrote.
         out: a path ending in .gguf, which is returned.
         dtype: 'f32', 'f16', 'bf16' or 'q8_0'.
-        overwrite: replace an existing file (else FileExistsError).
+        overwrite: replace an existing file (else ValueError).
 
     Raises:
         ValueError: for a folder that lacks something or holds an adapter or a quantized
@@ -97,7 +97,7 @@ def convert_adapter(
         base: the folder of the model it was trained on; only its config is read.
         out: a path ending in .gguf, which is returned.
         dtype: 'f32', 'f16', 'bf16' or 'q8_0'.
-        overwrite: replace an existing file (else FileExistsError).
+        overwrite: replace an existing file (else ValueError).
 
     Raises:
         ValueError: for what llama.cpp cannot apply (embeddings or whole modules, DoRA, alpha
@@ -168,7 +168,7 @@ def quantize(
         source: an f32, f16 or bf16 file, since quantizing twice loses twice.
         out: a path ending in .gguf, which is returned.
         kind: a name such as 'Q8_0', 'Q6_K', 'Q4_K_M' (see KINDS), in either case.
-        overwrite: replace an existing file (else FileExistsError).
+        overwrite: replace an existing file (else ValueError).
 
     Raises:
         ValueError: for an unknown kind, and a source that is damaged or quantized.

@@ -19,10 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from helpers import chat, data, evaluation, models, runtime, training
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+
+from helpers import chat, data, evaluation, models, runtime, training
 
 
 class Meter(TrainerCallback):

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cpu_training import make
+
 from helpers import data, evaluation, runtime
 
 RECIPE = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 1}

