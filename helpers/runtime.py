@@ -131,7 +131,11 @@ def start(seed: int = 42) -> Runtime:
 
 
 def quiet() -> None:
-    """Silence progress bars and notices that would bury the lesson; errors stay loud."""
+    """Silence progress bars and notices that would bury the lesson; errors stay loud.
+
+    Example:
+        >>> quiet()  # doctest: +SKIP
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
@@ -172,7 +176,12 @@ def detect() -> Runtime:
 
 
 def detect_platform() -> str:
-    """Where this process runs: 'colab', 'kaggle', 'runpod' or 'local'."""
+    """Where this process runs: 'colab', 'kaggle', 'runpod' or 'local'.
+
+    Example:
+        >>> detect_platform() in ("colab", "kaggle", "runpod", "local")
+        True
+    """
     if os.environ.get("RUNPOD_POD_ID"):
         return "runpod"
     if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
@@ -223,6 +232,10 @@ def native_dtype_reason(device: str = "cpu") -> str:
 
     Args:
         device: 'cpu' or 'cuda'.
+
+    Example:
+        >>> native_dtype_reason("cpu")  # doctest: +SKIP
+        'this processor multiplies bfloat16'
     """
     return _dtype_and_reason(device)[1]
 
@@ -255,6 +268,10 @@ def flash_attention_problem() -> str | None:
     """None where flash attention 2 can run, else why not, as a sentence (Chapter 5).
 
     A flash-attn that is merely installed may fail when it is loaded.
+
+    Example:
+        >>> flash_attention_problem()  # doctest: +SKIP
+        'flash-attn is not installed'
     """
     import torch
 
@@ -283,6 +300,10 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
     Args:
         timeout: in seconds.
+
+    Example:
+        >>> hub_reachable()  # doctest: +SKIP
+        False
     """
     said = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     if any(text.upper() in {"1", "ON", "YES", "TRUE"} for text in said):
@@ -314,6 +335,10 @@ def cache_folder() -> Path:
 
     `HELPERS_CACHE` if set; on a pod its volume, which survives a stop; else the user's
     cache folder of the platform. OSError names the folder and the variable.
+
+    Example:
+        >>> cache_folder().name  # doctest: +SKIP
+        'fine-tuning-course'
     """
     import platformdirs
 

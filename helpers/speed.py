@@ -30,15 +30,20 @@ class Timing(Shown):
     Attributes:
         name: what was timed.
         rounds: torch's `Measurement` of each round, in order.
-        blocks: all of them as one `Measurement`, whose `.times` are seconds per call.
-        calls: how many were timed.
     """
 
     name: str
     rounds: tuple[Measurement, ...]
 
-    blocks = property(lambda self: Measurement.merge(self.rounds)[0])
-    calls = property(lambda self: sum(m.number_per_run * len(m.raw_times) for m in self.rounds))
+    @property
+    def blocks(self) -> Measurement:
+        """All rounds as one `Measurement`, whose `.times` are seconds per call."""
+        return Measurement.merge(self.rounds)[0]
+
+    @property
+    def calls(self) -> int:
+        """How many were timed."""
+        return sum(m.number_per_run * len(m.raw_times) for m in self.rounds)
 
     @property
     def median(self) -> float:

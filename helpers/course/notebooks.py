@@ -24,7 +24,12 @@ class NotebookError(RuntimeError):
 
 
 def root() -> Path:
-    """The folder of the course, where the notebooks lie; NotebookError where it is not."""
+    """The folder of the course, where the notebooks lie; NotebookError where it is not.
+
+    Example:
+        >>> root().joinpath("README.md").is_file()  # doctest: +SKIP
+        True
+    """
     folder = places.repository_folder()
     if folder is None:
         raise NotebookError(
@@ -35,7 +40,12 @@ def root() -> Path:
 
 
 def written() -> list[str]:
-    """The names of the notebooks that exist, in the course's order."""
+    """The names of the notebooks that exist, in the course's order.
+
+    Example:
+        >>> written()[0]  # doctest: +SKIP
+        'Chapter0'
+    """
     return [chapter for chapter in CHAPTERS if (root() / f"{chapter}.ipynb").is_file()]
 
 
@@ -65,6 +75,10 @@ def output_folder(path: Path) -> Path:
 
     Args:
         path: of the notebook.
+
+    Example:
+        >>> output_folder(find("B")).name  # doctest: +SKIP
+        'appendixb'
     """
     folder = root() / "outputs" / path.stem.lower()
     folder.mkdir(parents=True, exist_ok=True)

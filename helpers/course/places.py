@@ -46,6 +46,9 @@ def settle(brought: bool = False) -> None:
 
     Args:
         brought: the cell has just cloned the course.
+
+    Example:
+        >>> settle()  # on your own machine, with one card or none  # doctest: +SKIP
     """
     global _brought
     _brought = brought = brought or _brought
@@ -62,6 +65,9 @@ def use_one_card() -> None:
 
     TRL's trainers would spread a model that lies on one card over all of them, and refuse.
     A CUDA_VISIBLE_DEVICES of your own is kept.
+
+    Example:
+        >>> use_one_card()
     """
     if CARDS in os.environ or (number := _count_cards()) < 2:
         return
@@ -93,6 +99,9 @@ def use_volume() -> None:
     """Let the caches of the Hub and of pip lie on a pod's volume, which survives a stop.
 
     Variables that are already set are kept.
+
+    Example:
+        >>> use_volume()  # doctest: +SKIP
     """
     if not runtime.POD_VOLUME.is_dir():
         return
@@ -138,6 +147,10 @@ def tested_versions(folder: Path | None = None) -> dict[str, str]:
 
     Args:
         folder: as in `missing`.
+
+    Example:
+        >>> tested_versions()["torch"]  # doctest: +SKIP
+        '2.13.0'
     """
     folder = folder or repository_folder()
     text = (folder / "requirements.txt").read_text("utf-8") if folder else ""
@@ -145,7 +158,12 @@ def tested_versions(folder: Path | None = None) -> dict[str, str]:
 
 
 def repository_folder() -> Path | None:
-    """The course's repository around `helpers`; None where pip installed it alone."""
+    """The course's repository around `helpers`; None where pip installed it alone.
+
+    Example:
+        >>> (repository_folder() / "helpers").is_dir()  # doctest: +SKIP
+        True
+    """
     folder = Path(__file__).resolve().parents[2]
     project = folder / "pyproject.toml"
     ours = project.is_file() and f'name = "{DISTRIBUTION}"' in project.read_text("utf-8")
@@ -153,7 +171,12 @@ def repository_folder() -> Path | None:
 
 
 def address() -> str:
-    """The course's 'owner/name' on GitHub, as [project.urls] of pyproject.toml has it."""
+    """The course's 'owner/name' on GitHub, as [project.urls] of pyproject.toml has it.
+
+    Example:
+        >>> address().count("/")
+        1
+    """
     if folder := repository_folder():
         url = _project(folder)["urls"]["Repository"]
     else:
@@ -193,7 +216,12 @@ def _normal(name: str) -> str:
 
 # ── installing it ────────────────────────────────────────────────────────────────────────
 def install_missing() -> None:
-    """Install what `missing` names; says what it did, and nothing where nothing was."""
+    """Install what `missing` names; says what it did, and nothing where nothing was.
+
+    Example:
+        >>> install_missing()  # doctest: +SKIP
+        Ready. No restart is needed.
+    """
     for wanted in _unsatisfied(None, EXTRAS):
         if wanted.name in UNTOUCHED:
             here = runtime.package_version(wanted.name)

@@ -35,6 +35,9 @@ def attention_heads(heads: Heads, *, layer: int = 0, head: int = 0) -> None:
         heads: what `heads.read_heads` found.
         layer: shown to begin with.
         head: shown to begin with.
+
+    Example:
+        >>> attention_heads(heads.read_heads(model, tokenizer, text))  # doctest: +SKIP
     """
     layers, per_layer = heads.weights.shape[:2]
     explore(heads.plot, layer=(0, layers - 1, 1, layer), head=(0, per_layer - 1, 1, head))
@@ -58,6 +61,9 @@ def moving_query(
         unit: of the values.
         angle: in degrees, counter-clockwise from the first feature's axis.
         length: of the query.
+
+    Example:
+        >>> moving_query([[1, 0], [0, 1]], [0, 10], ["east", "north"])  # doctest: +SKIP
     """
     from helpers.heads import plot_lookup
 
@@ -74,6 +80,9 @@ def explore_quantization(weights: torch.Tensor) -> None:
 
     Args:
         weights: any matrix.
+
+    Example:
+        >>> explore_quantization(torch.randn(64, 64))  # doctest: +SKIP
     """
     from helpers import quantization
 
@@ -91,6 +100,9 @@ def adapter_price(model: PreTrainedModel, targets: dict[str, str | list[str]]) -
     Args:
         model: before adapters, also on the meta device.
         targets: {label: target_modules}.
+
+    Example:
+        >>> adapter_price(model, {"attention": ["q_proj", "v_proj"]})  # doctest: +SKIP
     """
     from peft import LoraConfig
 
@@ -128,6 +140,9 @@ def template_playground(
         tokenizer: whose tokens are shown.
         messages: one per line, `role: content`; default: a short conversation.
         template: Jinja with generation markers; default: `chat.chatml_template()`.
+
+    Example:
+        >>> template_playground(tokenizer)  # doctest: +SKIP
     """
     from helpers import chat
 
@@ -155,6 +170,9 @@ def memory_planner(
 
     Args:
         models: catalog names or Hub ids; the first is shown to begin with.
+
+    Example:
+        >>> memory_planner(["Llama-3.1-8B"])  # doctest: +SKIP
     """
     from helpers import memory
 
@@ -187,6 +205,9 @@ def bit_explorer(number: float = 0.1, kind: str = "fp16") -> None:
     Args:
         number: shown to begin with.
         kind: one of `floats.FORMATS`.
+
+    Example:
+        >>> bit_explorer(0.1, "bf16")  # doctest: +SKIP
     """
     from helpers import floats
 
@@ -206,6 +227,9 @@ def explore(draw: Callable[..., Any], **controls: Control) -> None:
 
     Raises:
         TypeError: any other kind of control.
+
+    Example:
+        >>> explore(lambda rank: f"{2 * rank} numbers", rank=[4, 8])  # doctest: +SKIP
     """
     still = draw(**{name: _start(name, control) for name, control in controls.items()})
     _show(still, lambda: _panel(draw, controls))

@@ -20,15 +20,20 @@ class TrainingCheck(Shown):
     Attributes:
         problems: a `Finding(code, message)` each.
         headline: how much is trainable, in a sentence.
-        ok: nothing was found.
-        codes: of the problems.
     """
 
     problems: list[Finding]
     headline: str
 
-    ok = property(lambda self: not self.problems)
-    codes = property(lambda self: [problem.code for problem in self.problems])
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    @property
+    def codes(self) -> list[str]:
+        """The problems' codes."""
+        return [problem.code for problem in self.problems]
 
     def __str__(self) -> str:
         lines = [f"✗ {problem}" for problem in self.problems] or ["✓ ready to train"]

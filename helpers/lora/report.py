@@ -74,9 +74,20 @@ class ParameterReport(Shown):
 
     _frame: pd.DataFrame
 
-    parameters = property(lambda self: int(self._frame["parameters"].sum()))
-    trainable = property(lambda self: int(self._frame["trainable"].sum()))
-    bytes = property(lambda self: int(self._frame["bytes"].sum()))
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return int(self._frame["parameters"].sum())
+
+    @property
+    def trainable(self) -> int:
+        """How many of them train."""
+        return int(self._frame["trainable"].sum())
+
+    @property
+    def bytes(self) -> int:
+        """What all of them take in memory."""
+        return int(self._frame["bytes"].sum())
 
     def table(self) -> pd.DataFrame:
         """A row per kind: tensors, parameters, trainable, dtypes and bytes."""

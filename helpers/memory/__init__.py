@@ -1,9 +1,9 @@
 """Know before you rent: predict the peak memory of a run, or measure it (Chapter 5)."""
 
+from helpers.memory._configs import catalog, load_config
+from helpers.memory._formulas import NAPKIN_LEAVES_OUT, book_cells, compare_formulas, napkin
 from helpers.memory.cards import GPUS, Card, parse_size
-from helpers.memory.configs import catalog, load_config
 from helpers.memory.estimate import estimate_training, find_largest
-from helpers.memory.formulas import NAPKIN_LEAVES_OUT, book_cells, compare_formulas, napkin
 from helpers.memory.measurement import Measurement, measure
 from helpers.memory.report import MemoryEstimate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from helpers.memory.configs import catalog
+from helpers.memory._configs import catalog
 from helpers.memory.estimate import ATTENTIONS, DTYPES, estimate_training, find_largest
 
 

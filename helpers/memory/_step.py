@@ -21,9 +21,9 @@ import torch
 
 from helpers.memory import _kernels, _losses, _quantized
 from helpers.memory._allocator import rounded
+from helpers.memory._configs import config_with, irregular
 from helpers.memory._trace import SHORT, Ledger, Trace
 from helpers.memory.cards import AMPERE, Capability, cublas_workspace, half_dtype
-from helpers.memory.configs import config_with, irregular
 
 
 @dataclass(frozen=True)

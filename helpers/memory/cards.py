@@ -144,12 +144,22 @@ def of_this_machine(device: object = None) -> Card:
 
 # ------------------------------------------------------------------ what a capability decides
 def half_dtype(capability: Capability) -> str:
-    """The 16-bit type cards of this capability compute in: 'bfloat16' from 8.0 on."""
+    """The 16-bit type cards of this capability compute in: 'bfloat16' from 8.0 on.
+
+    Example:
+        >>> half_dtype((7, 5))
+        'float16'
+    """
     return "bfloat16" if capability >= AMPERE else "float16"
 
 
 def processors(capability: Capability) -> tuple[int, int]:
-    """(multiprocessors, threads each holds at once) of one card; its relatives may differ."""
+    """(multiprocessors, threads each holds at once) of one card; its relatives may differ.
+
+    Example:
+        >>> processors((8, 0))
+        (108, 2048)
+    """
     known = [one for one in _PROCESSORS if one <= capability] or [min(_PROCESSORS)]
     return _PROCESSORS[max(known)]
 
@@ -158,5 +168,9 @@ def cublas_workspace(capability: Capability) -> int:
     """Bytes of one cuBLAS workspace: measured on an H100 (9.0), the others from the source.
 
     CUBLAS_WORKSPACE_CONFIG in the environment would change it.
+
+    Example:
+        >>> cublas_workspace((9, 0)) / 2**20
+        32.0
     """
     return 32 * 2**20 if capability[0] in (9, 10, 12) else 8_519_680

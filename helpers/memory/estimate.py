@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from helpers._checks import one_of, whole_number
+from helpers.memory._configs import load_config, refuse
 from helpers.memory.cards import AMPERE, Card, find_card, half_dtype, parse_size
-from helpers.memory.configs import load_config, refuse
 from helpers.memory.report import GIB, PHASES, MemoryEstimate
 
 if TYPE_CHECKING:
@@ -195,7 +195,12 @@ def _traced(config: Same, choices: Choices) -> tuple[Trace, int]:
 
 
 def for_card(estimate: MemoryEstimate, card: Card) -> MemoryEstimate:
-    """The same run predicted for another card; bfloat16 becomes float16 where there is none."""
+    """The same run predicted for another card; bfloat16 becomes float16 where there is none.
+
+    Example:
+        >>> for_card(estimate, cards.find_card("T4")).dtype  # doctest: +SKIP
+        'float16'
+    """
     import torch
 
     choices: dict[str, Any] = {"capability": card.capability}

@@ -60,6 +60,10 @@ def convert_model(
     Raises:
         ValueError: for a folder that lacks something or holds an adapter or a quantized
             model, and for an architecture llama.cpp does not know.
+
+    Example:
+        >>> convert_model("merged", "yoda-f16.gguf")  # doctest: +SKIP
+        PosixPath('yoda-f16.gguf')
     """
     one_of("dtype", dtype, (*FLOATS, "q8_0"))
     folder = _folder("folder", folder, "config.json")
@@ -103,6 +107,10 @@ def convert_adapter(
         ValueError: for what llama.cpp cannot apply (embeddings or whole modules, DoRA, alpha
             patterns, rsLoRA, whose scale the converter would silently get wrong), and for
             an adapter that does not fit the base.
+
+    Example:
+        >>> convert_adapter("adapter", "base", "adapter-f16.gguf")  # doctest: +SKIP
+        PosixPath('adapter-f16.gguf')
     """
     one_of("dtype", dtype, (*FLOATS, "q8_0"))
     adapter = _folder("adapter", adapter, "adapter_config.json")
@@ -172,6 +180,10 @@ def quantize(
 
     Raises:
         ValueError: for an unknown kind, and a source that is damaged or quantized.
+
+    Example:
+        >>> quantize("yoda-f16.gguf", "yoda-Q4_K_M.gguf")  # doctest: +SKIP
+        PosixPath('yoda-Q4_K_M.gguf')
     """
     kind = str(kind).upper()
     one_of("kind", kind, KINDS)
@@ -205,6 +217,9 @@ def fidelity(
 
     Raises:
         ValueError: for damaged files and for a text that is too short.
+
+    Example:
+        >>> fidelity("yoda-f16.gguf", {"Q8_0": "yoda-Q8_0.gguf"}, text)  # doctest: +SKIP
     """
     import pandas as pd
 

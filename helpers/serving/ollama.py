@@ -140,6 +140,10 @@ def parse_template(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
     """Take a tokenizer's chat template apart, without a BOS that the server adds itself.
 
     ValueError for a template that does more than put fixed texts around contents.
+
+    Example:
+        >>> parse_template(tokenizer).user  # doctest: +SKIP
+        '<|im_start|>user\\n'
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"tokenizer has no chat template. {RAW_MODE}")
@@ -190,7 +194,12 @@ def _check(template: GoTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def stop_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that end an answer: EOS, and those around the next question."""
+    """The special tokens that end an answer: EOS, and those around the next question.
+
+    Example:
+        >>> stop_words(tokenizer)  # doctest: +SKIP
+        ['<|im_end|>']
+    """
     template = parse_template(tokenizer)
     between = template.after_assistant + template.again
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -200,7 +209,12 @@ def stop_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer, and so a GGUF made of it, puts BOS before every text."""
+    """Whether the tokenizer, and so a GGUF made of it, puts BOS before every text.
+
+    Example:
+        >>> adds_bos(tokenizer)  # doctest: +SKIP
+        False
+    """
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 

@@ -9,7 +9,7 @@ import csv
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from helpers.memory.configs import load_config
+from helpers.memory._configs import load_config
 
 if TYPE_CHECKING:
     import pandas as pd
