@@ -1,0 +1,124 @@
+"""Charts show the data they are given, with its names, units and colors."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex, to_rgba
+
+from helpers import plots
+
+
+def words(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_a_figure_is_closed_sized_and_described():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    fig, (left, right) = plots.figure(1, 2, width=5, height=2, alt="two panels")
+    assert plt.get_fignums() == before
+    assert list(fig.get_size_inches()) == [5, 2]
+    assert fig.get_label() == "two panels"
+    assert plots.lines([1, 2], ax=right) is fig and not left.lines and len(right.lines) == 1
+    assert plots.lines([1, 2], width=4, height=3, alt="one line").get_label() == "one line"
+
+
+def test_lines_know_their_own_x_or_a_common_one():
+    curves = {"a": torch.tensor([3.0, 4.0]), "b": ([7, 9], [1, 2])}
+    ax = plots.lines(curves, [10, 20], style=("o-", "--"), colors=("red", "#123456")).axes[0]
+    a, b = ax.lines
+    assert (list(a.get_xdata()), list(a.get_ydata())) == ([10, 20], [3, 4])
+    assert (list(b.get_xdata()), list(b.get_ydata())) == ([7, 9], [1, 2])
+    assert (a.get_color(), b.get_color()) == (plots.COLORS["red"], "#123456")
+    assert (a.get_marker(), b.get_linestyle()) == ("o", "--")
+    assert words(ax) == ["a", "b"]
+    assert plots.lines([5, 6]).axes[0].get_legend() is None
+    assert plots.lines(curves, [1, 2], legend=False).axes[0].get_legend() is None
+
+
+@pytest.mark.parametrize("order", [("xscale", "xticks"), ("xticks", "xscale")])
+def test_ticks_of_a_log_axis_are_plain_numbers(order):
+    settings = {"xscale": "log", "xticks": [256, 1024, 4096]}
+    ax = plots.lines([1, 2, 3], [256, 1024, 4096], **{key: settings[key] for key in order}).axes[0]
+    assert ax.get_xscale() == "log"
+    assert ticks(ax.xaxis) == ["256", "1024", "4096"]
+    assert not len(ax.xaxis.get_minorticklocs())
+
+
+def test_marks_and_notes_stand_where_they_belong():
+    fig = plots.lines([0, 9], marks={"limit": 5}, notes=[(1, 9, "last")])
+    ax = fig.axes[0]
+    assert list(ax.lines[1].get_ydata()) == [5, 5]
+    assert {text.get_text(): text.xy for text in ax.texts} == {"last": (1, 9), "limit": (0, 5)}
+    upright = plots.bars({"x": 3}, horizontal=True, marks={"card": 2}).axes[0]
+    assert list(upright.lines[0].get_xdata()) == [2, 2]
+
+
+def test_horizontal_bars_read_from_the_top():
+    fig = plots.bars({"first": 3, "second": 1}, horizontal=True, xlabel="MB")
+    ax = fig.axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [3, 1]
+    assert ticks(ax.yaxis) == ["first", "second"] and ax.yaxis_inverted()
+    assert ax.get_xlabel() == "MB"
+    plots.bars({"first": 1, "second": 1}, horizontal=True, ax=ax)
+    assert ax.yaxis_inverted(), "a second layer does not turn the axis back"
+
+
+def test_a_table_is_drawn_in_groups_and_numbers_are_counted():
+    table = pd.DataFrame({"base": [1, 2], "tuned": [3, 4]}, index=["chrF", "order"])
+    ax = plots.bars(table, colors=("gray", "blue")).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [1, 2, 3, 4]
+    places = [bar.get_x() for bar in ax.patches]
+    assert places[0] < places[2] < places[1] < places[3]
+    assert words(ax) == ["base", "tuned"] and ticks(ax.xaxis) == ["chrF", "order"]
+    assert to_hex(ax.patches[2].get_facecolor()).upper() == plots.COLORS["blue"]
+    counted = plots.bars(np.array([5.0, 6.0, 7.0])).axes[0]
+    assert [round(bar.get_x() + bar.get_width() / 2, 9) for bar in counted.patches] == [0, 1, 2]
+
+
+def test_a_histogram_counts_everything_once():
+    values = torch.tensor([[0.1, 0.1], [0.9, 0.4]])
+    fig = plots.histogram({"before": values}, [0, 0.5, 1], levels=[0.2], rug=[0.9], label="levels")
+    ax = fig.axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [3, 1]
+    tall, short = ax.collections
+    assert [tall.get_segments()[0][1][1], short.get_segments()[0][1][1]] == [1, 0.08]
+    assert words(ax)[0] == "before" and "levels" in words(ax)
+
+
+def test_kinds_in_a_heatmap_have_their_colors():
+    fig = plots.heatmap([[0, 2], [1, 1]], names="ab", colors=("white", "blue", "green"))
+    (picture,) = fig.axes[0].images
+    shown = picture.to_rgba(np.array([0, 1, 2]))
+    assert [tuple(row) for row in shown] == [
+        pytest.approx(to_rgba(plots.COLORS.get(name, name))) for name in ("white", "blue", "green")
+    ]
+    assert ticks(fig.axes[0].xaxis) == ticks(fig.axes[0].yaxis) == ["a", "b"]
+
+
+def test_amounts_in_a_heatmap_keep_their_limits_and_their_bar():
+    fig = plots.heatmap(np.eye(3) / 2, limits=(0, 1), bar="weight", notes=[(1, 2, "here")])
+    picture = fig.axes[0].images[0]
+    assert picture.get_clim() == (0, 1)
+    assert fig.axes[1].get_ylabel() == "weight"
+    assert fig.axes[0].texts[0].get_position() == (1, 2)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_a_diagram_points_from_text_to_text(boxed):
+    texts, arrows = [(0, 0, "ask"), (4, 2, "act")], [(0, 1, "yes")]
+    colors = ("gray", "orange")
+    fig = plots.diagram(texts, arrows, colors=colors, boxed=boxed, xlim=(-1, 5))
+    ax = fig.axes[0]
+    arrow = next(text for text in ax.texts if text.get_text() == "")
+    assert (arrow.xyann, arrow.xy) == ((0, 0), (4, 2))
+    act = next(text for text in ax.texts if text.get_text() == "act")
+    assert act.get_position() == (4, 2) and bool(act.get_bbox_patch()) == boxed
+    assert act.get_color() == plots.COLORS["black" if boxed else "orange"]
+    assert any(text.get_text() == "yes" for text in ax.texts)
