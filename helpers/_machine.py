@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
@@ -79,3 +80,25 @@ def text_of(path: Path) -> str:
         return path.read_text(errors="replace").strip()
     except OSError:  # not Linux, or the other version of control groups
         return ""
+
+
+def flash_attention_problem() -> str | None:
+    """None where flash attention 2 can run, else why not, as a sentence (Chapter 5).
+
+    A flash-attn that is merely installed may fail when it is loaded.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "flash attention 2 needs a CUDA card, and there is none here"
+    if (has := torch.cuda.get_device_capability()) < (8, 0):
+        needs = "flash attention 2 needs compute capability 8.0 (Ampere) or newer"
+        return f"{needs}, and this card has {has[0]}.{has[1]}"
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        import flash_attn  # noqa: F401
+    except Exception as error:
+        built = f"was it built for torch {torch.__version__}?"
+        return f"flash-attn is installed and cannot be loaded ({error}); {built}"
+    return None

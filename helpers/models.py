@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import _embedded, _files, runtime
+from helpers import _embedded, _files, _machine, runtime
 from helpers._checks import one_of
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _check_flash_attention(dtype: torch.dtype, device: str) -> None:
     elif (kind := str(dtype).removeprefix("torch.")) not in ("float16", "bfloat16"):
         problem = f"it has kernels for dtype='float16' and 'bfloat16' only, not for {kind!r}"
     else:
-        problem = runtime.flash_attention_problem()
+        problem = _machine.flash_attention_problem()
     if problem:
         raise ValueError(
             f"attention='flash_attention_2': {problem}. Use 'sdpa', which runs everywhere"

@@ -30,7 +30,6 @@ __all__ = [
     "cache_folder",
     "detect",
     "detect_platform",
-    "flash_attention_problem",
     "hub_reachable",
     "memory_bytes",
     "native_dtype",
@@ -262,32 +261,6 @@ def _dtype_and_reason(device: str) -> tuple[torch.dtype, str]:
         # than float32 on Intel (155 against 260 GFLOP/s, Emerald Rapids).
         return torch.float32, f"to use AMX where it works: {DTYPE_VARIABLE}=bfloat16"
     return torch.float32, "no fast bfloat16 on this processor"
-
-
-def flash_attention_problem() -> str | None:
-    """None where flash attention 2 can run, else why not, as a sentence (Chapter 5).
-
-    A flash-attn that is merely installed may fail when it is loaded.
-
-    Example:
-        >>> flash_attention_problem()  # doctest: +SKIP
-        'flash-attn is not installed'
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return "flash attention 2 needs a CUDA card, and there is none here"
-    if (has := torch.cuda.get_device_capability()) < (8, 0):
-        needs = "flash attention 2 needs compute capability 8.0 (Ampere) or newer"
-        return f"{needs}, and this card has {has[0]}.{has[1]}"
-    if find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    try:
-        import flash_attn  # noqa: F401
-    except Exception as error:
-        built = f"was it built for torch {torch.__version__}?"
-        return f"flash-attn is installed and cannot be loaded ({error}); {built}"
-    return None
 
 
 # ── the Hub, the cache ───────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import models
 from helpers.attention import MultiHeadAttention, causal_mask
-from helpers.course import widgets
+from helpers.course import _explorer, widgets
 from helpers.heads import FAMILIES, Heads, plot_lookup, read_heads
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -180,6 +180,6 @@ def test_explorers_make_pictures(monkeypatch, heads):
     assert shown[0][1] == {"layer": (0, 2, 1, 2), "head": (0, 1, 1, 1)}
     assert set(shown[1][1]) == {"angle", "length"}
     for draw, controls in shown:
-        still = widgets._still(draw(**{name: control[3] for name, control in controls.items()}))
+        still = _explorer.still(draw(**{name: control[3] for name, control in controls.items()}))
         assert len(still["image/png"]) > 1000
         assert still.get("text/html", "") is not None  # a None here breaks the notebook

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import _embedded, models, runtime
+from helpers import _embedded, _machine, models, runtime
 
 ROOT = Path(models.__file__).parent.parent
 MAKE = "from helpers import models; print(models.embedded_folder())"
@@ -112,7 +112,7 @@ def test_unknown_settings_name_what_would_work():
     ],
 )
 def test_flash_attention_is_refused_where_the_kernel_would_fail(monkeypatch, dtype, device, words):
-    monkeypatch.setattr(runtime, "flash_attention_problem", lambda: "the kernel is missing")
+    monkeypatch.setattr(_machine, "flash_attention_problem", lambda: "the kernel is missing")
     with pytest.raises(ValueError, match=words):
         models.load_model(
             models.EMBEDDED, dtype=dtype, device=device, attention="flash_attention_2"

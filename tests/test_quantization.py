@@ -434,7 +434,7 @@ def test_error_report_refuses_other_shapes():
 
 
 def test_the_explorer_draws_every_choice(monkeypatch):
-    from helpers.course import widgets
+    from helpers.course import _explorer, widgets
 
     shown = {}
     monkeypatch.setattr(widgets, "explore", lambda draw, **c: shown.update(draw=draw, **c))
@@ -443,7 +443,7 @@ def test_the_explorer_draws_every_choice(monkeypatch):
     assert low <= start <= high
     for scheme in shown["scheme"]:
         for per in shown["per"]:
-            still = widgets._still(shown["draw"](start, scheme, per))
+            still = _explorer.still(shown["draw"](start, scheme, per))
             assert still["image/png"] and None not in still.values()
 
 

@@ -259,7 +259,7 @@ def test_flash_attention_is_more_than_an_installed_package(
     if module is not None:
         (tmp_path / "flash_attn.py").write_text(module)
         monkeypatch.syspath_prepend(tmp_path)
-    problem = runtime.flash_attention_problem()
+    problem = _machine.flash_attention_problem()
     sys.modules.pop("flash_attn", None)
     assert problem is None if words is None else re.search(words, problem)
 

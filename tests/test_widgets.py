@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import plots
-from helpers.course import widgets
+from helpers.course import _explorer, widgets
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_another_control_is_refused(control):
 
 def test_a_change_is_drawn_and_a_half_typed_one_is_said():
     controls = {"power": (1, 3, 1, 2), "low": True, "name": ["a", "b"], "text": "t"}
-    *made, picture = widgets._panel(draw, controls).children
+    *made, picture = _explorer.panel(draw, controls).children
     kinds = [type(control).__name__ for control in made]
     assert kinds == ["IntSlider", "Checkbox", "Dropdown", "Textarea"]
     assert [control.value for control in made] == [2, True, "a", "t"]
@@ -51,7 +51,7 @@ def test_a_change_is_drawn_and_a_half_typed_one_is_said():
 
 
 def test_fractions_make_a_slider_of_fractions():
-    (slider, _) = widgets._panel(draw, {"power": (0.0, 1.0, 0.25)}).children
+    (slider, _) = _explorer.panel(draw, {"power": (0.0, 1.0, 0.25)}).children
     assert type(slider).__name__ == "FloatSlider" and slider.value == 0.0
 
 

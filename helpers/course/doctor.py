@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 
-from helpers import runtime
+from helpers import _machine, runtime
 from helpers._report import Shown, table
 from helpers.course import places
 
@@ -137,7 +137,7 @@ def _data_types() -> tuple[str, str]:
 
 
 def _attention() -> tuple[str, str]:
-    if (problem := runtime.flash_attention_problem()) is None:
+    if (problem := _machine.flash_attention_problem()) is None:
         wanted = 'attention="flash_attention_2"'
         return OK, f"SDPA; flash-attn can be had, for 16-bit models on the card: {wanted}"
     # Being installed is all that some programs look at before they take it.

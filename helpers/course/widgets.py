@@ -1,20 +1,14 @@
-"""Explorers: change a choice and see the picture move, with a still one as fall-back.
-
-`explore` puts two things into one output: a live widget for a running kernel, and the
-picture of the starting values. Where widgets do not live (GitHub, a printout, a stored
-notebook) the picture is what remains.
-"""
+"""Explorers of the chapters: change a choice and see the picture move."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers._report import card
+from helpers.course._explorer import explore, show
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +18,7 @@ if TYPE_CHECKING:
     from helpers.floats import Bits
     from helpers.heads import Heads
 
-Control = bool | str | list | tuple
 
-
-# ── the explorers of the chapters ────────────────────────────────────────────────────────
 def attention_heads(heads: Heads, *, layer: int = 0, head: int = 0) -> None:
     """Leaf through the heads of a real model (Chapter 1).
 
@@ -212,110 +203,7 @@ def bit_explorer(number: float = 0.1, kind: str = "fp16") -> None:
     from helpers import floats
 
     start = floats.encode(number, kind)
-    _show(start, lambda: _bit_panel(start))
-
-
-# ── how they are made ────────────────────────────────────────────────────────────────────
-def explore(draw: Callable[..., Any], **controls: Control) -> None:
-    """Show `draw(**values)` under a control for each value (all chapters).
-
-    Args:
-        draw: returns a matplotlib Figure or an object with `_repr_html_`.
-        controls: by name, a bool (checkbox), a list (drop-down), a text (text area), or
-            `(low, high, step)` / `(low, high, step, start)` (slider). Without a start value
-            a slider begins at `low` and a list at its first entry.
-
-    Raises:
-        TypeError: any other kind of control.
-
-    Example:
-        >>> explore(lambda rank: f"{2 * rank} numbers", rank=[4, 8])  # doctest: +SKIP
-    """
-    still = draw(**{name: _start(name, control) for name, control in controls.items()})
-    _show(still, lambda: _panel(draw, controls))
-
-
-def _start(name: str, control: Control) -> Any:
-    if isinstance(control, bool | str):
-        return control
-    if isinstance(control, list) and control:
-        return control[0]
-    if isinstance(control, tuple) and len(control) in (3, 4):
-        return control[3] if len(control) == 4 else control[0]
-    raise TypeError(
-        f"{name} must be a bool, a text, a list of choices, or (low, high, step[, start]), "
-        f"not {control!r}"
-    )
-
-
-def _show(drawing: Any, make_live: Callable[[], DOMWidget]) -> None:
-    """One output: the still picture, and the widget where a kernel keeps it alive."""
-    from IPython.core.getipython import get_ipython
-    from IPython.display import display
-
-    bundle: dict[str, Any] = _still(drawing)
-    if hasattr(get_ipython(), "kernel"):
-        try:
-            model = make_live().model_id
-        except ImportError:  # no ipywidgets
-            return display(bundle, raw=True)
-        view = {"version_major": 2, "version_minor": 0, "model_id": model}
-        bundle["application/vnd.jupyter.widget-view+json"] = view
-    display(bundle, raw=True)
-
-
-def _still(drawing: Any) -> dict[str, str]:
-    """The MIME bundle of one drawing, without widgets."""
-    # A matplotlib Figure has the method too, and answers None: it is drawn instead.
-    markup = drawing._repr_html_() if hasattr(drawing, "_repr_html_") else None
-    if markup is not None:
-        return {"text/plain": str(drawing), "text/html": markup}
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", bbox_inches="tight")
-    png = base64.b64encode(buffer.getvalue()).decode()
-    return {"text/plain": "(a figure)", "image/png": png}
-
-
-def _panel(draw: Callable[..., Any], controls: dict[str, Control]) -> DOMWidget:
-    """A control for each value, and the picture that follows them."""
-    import ipywidgets
-
-    made = {name: _control(name, control) for name, control in controls.items()}
-    picture = ipywidgets.HTML()
-
-    def redraw(_: object = None) -> None:
-        try:
-            bundle = _still(draw(**{name: control.value for name, control in made.items()}))
-        except ValueError as error:  # a half-typed text or an impossible combination
-            picture.value = card(str(error), "bad")
-            return
-        image = bundle.get("image/png")
-        picture.value = bundle.get("text/html") or f"<img src='data:image/png;base64,{image}'>"
-
-    for control in made.values():
-        control.observe(redraw, names="value")
-    redraw()
-    return ipywidgets.VBox([*made.values(), picture])
-
-
-def _control(name: str, control: Control) -> Any:
-    import ipywidgets
-
-    start = _start(name, control)
-    shared = {"value": start, "description": name.replace("_", " ")}
-    if isinstance(control, bool):
-        return ipywidgets.Checkbox(**shared)
-    shared["style"] = {"description_width": "140px"}
-    if isinstance(control, str):
-        area = ipywidgets.Layout(width="98%", height="120px")
-        return ipywidgets.Textarea(layout=area, **shared)
-    shared["layout"] = ipywidgets.Layout(width="480px")
-    if isinstance(control, list):
-        return ipywidgets.Dropdown(options=control, **shared)
-    low, high, step = control[:3]
-    whole = all(isinstance(number, int) for number in (low, high, step))
-    slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-    return slider(min=low, max=high, step=step, continuous_update=False, **shared)
+    show(start, lambda: _bit_panel(start))
 
 
 def _bit_panel(start: Bits) -> DOMWidget:
