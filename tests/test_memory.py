@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from helpers import memory
 from helpers.memory import (
     _cli,
+    _configs,
+    _formulas,
     _kernels,
     _losses,
     _quantized,
     _step,
     _trace,
     cards,
-    configs,
-    formulas,
 )
 from helpers.memory._allocator import CachingAllocator, rounded
 from helpers.memory._trace import Ledger
@@ -161,7 +161,7 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
 def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
     layers = 8
-    config = configs.config_with(TINY[kind], layers)
+    config = _configs.config_with(TINY[kind], layers)
     for lora, quantization, kernels in [
         (None, None, "cpu"),
         (4, "nf4", "cuda"),
@@ -172,7 +172,7 @@ def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
             kernels=kernels, gradient_accumulation=checkpointing,
         )  # fmt: skip
         full = _step.trace(config, run)
-        short = _step.trace(configs.config_with(config, _trace.SHORT), run).extrapolate(layers)
+        short = _step.trace(_configs.config_with(config, _trace.SHORT), run).extrapolate(layers)
         assert sorted(e[1:] for e in short.events) == sorted(e[1:] for e in full.events)
         # int8's inputs die with the graph, in any order, when all is over
         if quantization != "int8":
@@ -209,8 +209,8 @@ def test_irregular_layers_are_traced_in_full():
     smol = transformers.SmolLM3Config(
         **GROUPED | {"num_hidden_layers": 5}, no_rope_layer_interval=4, **ENDS
     )
-    assert configs.irregular(smol, None)
-    assert not configs.irregular(TINY["llama"], None)
+    assert _configs.irregular(smol, None)
+    assert not _configs.irregular(TINY["llama"], None)
     run = cpu_choices(dtype=torch.float32)
     assert _step.trace(smol, run).peak()[0] == real_peak(smol, run)
     # two kinds of layers side by side: a short trace notices by itself
@@ -218,7 +218,7 @@ def test_irregular_layers_are_traced_in_full():
         **GROUPED | {"num_hidden_layers": 6}, head_dim=8, sliding_window=8, **ENDS
     )
     run = cpu_choices(attention="eager", dtype=torch.float32)
-    assert _step.trace(configs.config_with(gemma, _trace.SHORT), run).extrapolate(6) is None
+    assert _step.trace(_configs.config_with(gemma, _trace.SHORT), run).extrapolate(6) is None
     assert _step.trace(gemma, run).peak()[0] == real_peak(gemma, run)
     whole = memory.estimate_training(gemma, attention="eager", dtype="float32").trace
     assert sum(("forward", i) in (name for _, name in whole.marks) for i in range(9)) == 6
@@ -463,7 +463,7 @@ def test_accelerate_arithmetic_is_accelerates():
     config = memory.load_config("facebook/opt-350m")
     for dtype in ("float32", "float16"):
         theirs = max(estimate_training_usage(4 * 331_196_416, dtype).values())
-        rules = formulas._rules_in_use(config, {"dtype": dtype})
+        rules = _formulas._rules_in_use(config, {"dtype": dtype})
         assert rules["accelerate estimate-memory"] == theirs
 
 
@@ -648,7 +648,7 @@ def test_activations_grow_with_tokens_and_scores_with_their_square():
 
 def test_layers_add_the_same_each_and_checkpointing_keeps_one_vector_per_token():
     def at(layers, **choices):
-        config = configs.config_with(TINY["llama"], layers)
+        config = _configs.config_with(TINY["llama"], layers)
         return memory.estimate_training(
             config, dtype="float32", sequence_length=256, lora=4, **choices
         ).instants["loss"]
@@ -755,12 +755,12 @@ def test_sizes(size, bytes_):
 
 
 def test_catalog_has_the_published_number_of_parameters():
-    for name, entry in configs._entries().items():
+    for name, entry in _configs._entries().items():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(memory.load_config(name))
         assert sum(p.numel() for p in model.parameters()) == entry["parameters"], name
         assert entry["source"]
-    assert len(memory.catalog()) == len(configs._entries()) > 25
+    assert len(memory.catalog()) == len(_configs._entries()) > 25
 
 
 def test_models_by_config_name_path_and_dict(tmp_path):
