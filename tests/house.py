@@ -213,7 +213,8 @@ def clean(notebook):
                 merged.append(output)
             if "data" in output:
                 output.data.pop(WIDGET_VIEW, None)
-                output.metadata = {}
+                alt = output.metadata.get("image/png", {}).get("alt")
+                output.metadata = {"image/png": {"alt": alt}} if alt else {}
         cell.outputs = merged
 
 
@@ -233,6 +234,9 @@ def complaints(notebook):
                 found.append(f"code cell {number} wrote to stderr: {output.text[:300]!r}")
             if path := _absolute_path(text):
                 found.append(f"code cell {number} shows an absolute path: {path}")
+            told = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+            if "image/png" in output.get("data", {}) and len(told) < 20:
+                found.append(f"code cell {number} has a figure without a text alternative")
             if "it/s]" in text or "\u2588" in text:
                 found.append(f"code cell {number} shows progress-bar debris")
     if (size := len(json.dumps(notebook))) > 1_000_000:

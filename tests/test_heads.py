@@ -180,6 +180,7 @@ def test_explorers_make_pictures(monkeypatch, heads):
     assert shown[0][1] == {"layer": (0, 2, 1, 2), "head": (0, 1, 1, 1)}
     assert set(shown[1][1]) == {"angle", "length"}
     for draw, controls in shown:
-        still = _explorer.still(draw(**{name: control[3] for name, control in controls.items()}))
-        assert len(still["image/png"]) > 1000
+        drawing = draw(**{name: control[3] for name, control in controls.items()})
+        still, told = _explorer.still(drawing)
+        assert len(still["image/png"]) > 1000 and len(told["image/png"]["alt"]) > 20
         assert still.get("text/html", "") is not None  # a None here breaks the notebook

@@ -106,6 +106,11 @@ def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
             r"from IPython.display import JSON; JSON({'in': r'C:\Users\me'})",
             "absolute path",
         ),
+        (
+            "from matplotlib.figure import Figure; from IPython.display import Image; import io\n"
+            "Figure((1, 1)).savefig(png := io.BytesIO()); Image(png.getvalue())",
+            "a figure without a text alternative",
+        ),
         ("from IPython.display import SVG; SVG('<svg><!--/home/me/x--></svg>')", "path"),
     ],
 )
@@ -120,7 +125,11 @@ def test_what_trips_readers_is_not_stored(tmp_path, monkeypatch, source, complai
 def test_pictures_are_not_searched_for_words():
     picture = {"image/png": "iVBOR/home/it/s]", "text/plain": "<Figure>"}
     inline = {"text/html": "<img src='data:image/png;base64,iVBOR/home/w+A=='>"}
-    outputs = [nbformat.v4.new_output("display_data", data) for data in (picture, inline)]
+    told = {"image/png": {"alt": "A curve that falls from 3 to 1."}}
+    outputs = [
+        nbformat.v4.new_output("display_data", picture, metadata=told),
+        nbformat.v4.new_output("display_data", inline),
+    ]
     cell = nbformat.v4.new_code_cell("1", outputs=outputs, execution_count=1)
     assert house.complaints(nbformat.v4.new_notebook(cells=[cell])) == []
 
@@ -139,7 +148,8 @@ def test_cleaning_keeps_the_still_picture_of_an_explorer(tmp_path, monkeypatch):
     house.store("0")
     notebook = nbformat.read(path, as_version=4)
     data = notebook.cells[0].outputs[0].data
-    assert "image/png" in data
+    assert "image/png" in data and data["text/plain"].startswith("Curves.")
+    assert notebook.cells[0].outputs[0].metadata["image/png"]["alt"] == data["text/plain"]
     assert house.WIDGET_VIEW not in data
     assert "widgets" not in notebook.metadata
 

@@ -122,3 +122,45 @@ def test_a_diagram_points_from_text_to_text(boxed):
     assert act.get_position() == (4, 2) and bool(act.get_bbox_patch()) == boxed
     assert act.get_color() == plots.COLORS["black" if boxed else "orange"]
     assert any(text.get_text() == "yes" for text in ax.texts)
+
+
+# ── a figure in words ────────────────────────────────────────────────────────────────────
+def test_curves_are_told_with_their_ends_and_extremes():
+    fig = plots.lines(
+        {"train": [3, 2, 1], "test": [3, 2.5, 2.75]}, xlabel="step", yscale="log", title="Loss"
+    )
+    assert str(fig) == (
+        "Curves: Loss. Across: step. train: from 3 at 0 to 1 at 2. "
+        "test: from 3 at 0 to 2.75 at 2, lowest 2.5 at 1."
+    )
+
+
+def test_bars_are_told_by_name_and_many_by_their_highest():
+    assert "T4 16, L4 24" in str(plots.bars({"T4": 16, "L4": 24}, horizontal=True))
+    table = pd.DataFrame({"base": [1, 2], "tuned": [30, 4]}, index=["exact", "order"])
+    assert "base: exact 1, order 2. tuned: exact 30, order 4" in str(plots.bars(table))
+    many = str(plots.histogram([1, 2, 2, 3, 3, 3] * 9, bins=range(30), levels=[1.5], label="cut"))
+    assert "from 1.5 to 3.5, highest 27 at 3.5" in many and "cut: 1 stroke all 1.5" in many
+
+
+def test_a_matrix_is_told_by_its_largest_cells_and_a_diagram_by_its_arrows():
+    told = str(plots.heatmap([[0, 0.5], [0.25, 0]], names=["I", "am"]))
+    assert "2 rows by 2 columns, values from 0 to 0.5" in told
+    assert "largest in each row: I at am, am at I" in told
+    told = str(plots.diagram([(0, 0, "ask"), (1, 0, "act")], [(0, 1, "yes")]))
+    assert told.startswith("ask → act yes.")
+
+
+def test_a_figure_s_own_words_come_first_and_travel_with_the_picture():
+    fig, (left, right) = plots.figure(1, 2, alt="Two of a kind.")
+    plots.lines([1, 2, 4], ax=left)
+    plots.lines([4, 2, 1], ax=right)
+    data, metadata = fig._repr_mimebundle_()
+    told = metadata["image/png"]["alt"]
+    assert told == data["text/plain"] == str(fig)
+    assert told.startswith("Two of a kind. Panel 1. Curves. from 1 at 0 to 4 at 2. Panel 2.")
+    assert data["image/png"].startswith("iVBOR")  # a PNG
+
+
+def test_an_empty_figure_says_so():
+    assert str(plots.figure()[0]) == "An empty figure."

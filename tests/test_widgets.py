@@ -12,7 +12,7 @@ from helpers.course import _explorer, widgets
 def shown(monkeypatch):
     """The one output that an explorer leaves where there is no kernel."""
     outputs = []
-    monkeypatch.setattr("IPython.display.display", lambda data, raw: outputs.append(data))
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: outputs.append(data))
 
     def show(explorer, *arguments):
         explorer(*arguments)

@@ -5,12 +5,10 @@ GitHub, a printout and a stored notebook show the picture of the starting values
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from helpers._report import card
+from helpers._report import card, escape
 
 if TYPE_CHECKING:
     from ipywidgets import DOMWidget
@@ -22,7 +20,7 @@ def explore(draw: Callable[..., Any], **controls: Control) -> None:
     """Show `draw(**values)` under a control for each value (all chapters).
 
     Args:
-        draw: returns a matplotlib Figure or an object with `_repr_html_`.
+        draw: returns a figure of `plots` or an object with `_repr_html_`.
         controls: by name, a bool (checkbox), a list (drop-down), a text (text area), or
             `(low, high, step)` / `(low, high, step, start)` (slider). Without a start value
             a slider begins at `low` and a list at its first entry.
@@ -55,27 +53,22 @@ def show(drawing: Any, make_live: Callable[[], DOMWidget]) -> None:
     from IPython.core.getipython import get_ipython
     from IPython.display import display
 
-    bundle: dict[str, Any] = still(drawing)
+    bundle, metadata = still(drawing)
     if hasattr(get_ipython(), "kernel"):
         try:
             model = make_live().model_id
         except ImportError:  # no ipywidgets
-            return display(bundle, raw=True)
+            return display(bundle, metadata=metadata, raw=True)
         view = {"version_major": 2, "version_minor": 0, "model_id": model}
         bundle["application/vnd.jupyter.widget-view+json"] = view
-    display(bundle, raw=True)
+    display(bundle, metadata=metadata, raw=True)
 
 
-def still(drawing: Any) -> dict[str, str]:
-    """The MIME bundle of one drawing, without widgets."""
-    # A matplotlib Figure has the method too, and answers None: it is drawn instead.
-    markup = drawing._repr_html_() if hasattr(drawing, "_repr_html_") else None
-    if markup is not None:
-        return {"text/plain": str(drawing), "text/html": markup}
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", bbox_inches="tight")
-    png = base64.b64encode(buffer.getvalue()).decode()
-    return {"text/plain": "(a figure)", "image/png": png}
+def still(drawing: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The MIME bundle of one drawing and its metadata, without widgets."""
+    if hasattr(drawing, "_repr_mimebundle_"):  # a figure of `plots`, with its words
+        return drawing._repr_mimebundle_()
+    return {"text/plain": str(drawing), "text/html": drawing._repr_html_()}, {}
 
 
 def panel(draw: Callable[..., Any], controls: dict[str, Control]) -> DOMWidget:
@@ -87,12 +80,13 @@ def panel(draw: Callable[..., Any], controls: dict[str, Control]) -> DOMWidget:
 
     def redraw(_: object = None) -> None:
         try:
-            bundle = still(draw(**{name: control.value for name, control in made.items()}))
+            bundle, _ = still(draw(**{name: control.value for name, control in made.items()}))
         except ValueError as error:  # a half-typed text or an impossible combination
             picture.value = card(str(error), "bad")
             return
-        image = bundle.get("image/png")
-        picture.value = bundle.get("text/html") or f"<img src='data:image/png;base64,{image}'>"
+        image, alt = bundle.get("image/png"), escape(bundle["text/plain"])
+        drawn = f"<img alt='{alt}' src='data:image/png;base64,{image}'>"
+        picture.value = bundle.get("text/html") or drawn
 
     for control in made.values():
         control.observe(redraw, names="value")

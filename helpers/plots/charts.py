@@ -1,8 +1,8 @@
 """The few kinds of chart that the chapters draw (all chapters).
 
 A chart takes besides its data `**settings`: `ax` (a panel of `figure` to draw in, else
-a new figure is made), `width` and `height` in inches, `alt` (a text alternative),
-`legend` (False, or a place), and whatever matplotlib's `Axes.set` takes (`xlabel`,
+a new figure is made), `width` and `height` in inches, `alt` (begins the text
+alternative), `legend` (False, or a place), and whatever matplotlib's `Axes.set` takes (`xlabel`,
 `title`, `xscale`, `xticks`, ...). Colors are names of `COLORS`, or matplotlib's own.
 """
 
@@ -42,9 +42,6 @@ def lines(
         notes: (x, y, text) of small texts beside a point.
         **settings: See the module.
 
-    Returns:
-        The figure.
-
     Example:
         >>> fig = lines({"train": [3, 2, 1], "test": [3, 2.5, 2.4]}, xlabel="step")
     """
@@ -75,9 +72,6 @@ def bars(
         colors: One for each column.
         marks: {text: value} of dashed lines across the bars.
         **settings: See the module.
-
-    Returns:
-        The figure.
 
     Example:
         >>> fig = bars({"T4": 16, "L4": 24}, horizontal=True, xlabel="memory (GB)")
@@ -121,9 +115,6 @@ def histogram(
         label: The legend's words for `levels` or `rug`.
         **settings: See the module.
 
-    Returns:
-        The figure.
-
     Example:
         >>> fig = histogram([1, 2, 2, 3, 3, 3], bins=3, levels=[1.5, 2.5])
     """
@@ -161,9 +152,6 @@ def heatmap(
         bar: Words for a bar that explains the amounts.
         notes: (column, row, text) of texts on the cells, which are paler then.
         **settings: See the module.
-
-    Returns:
-        The figure.
 
     Example:
         >>> fig = heatmap([[1, 0], [1, 1]], names="ab", colors=("white", "blue"))
@@ -212,14 +200,11 @@ def diagram(
         rotation: Of the texts, in degrees.
         **settings: See the module.
 
-    Returns:
-        The figure.
-
     Example:
         >>> fig = diagram([(0, 0, "ask"), (1, 0, "act")], [(0, 1, "yes")], xlim=(-1, 2))
     """
-    ax = _panel(settings)
-    for start, end, words in arrows:
+    ax, ways = _panel(settings), list(arrows)
+    for start, end, words in ways:
         (x0, y0, _), (x1, y1, _) = texts[start], texts[end]
         color = COLORS["gray"] if boxed else _color(colors, end)
         arrow = {"arrowstyle": "->", "color": color, "shrinkA": 24, "shrinkB": 24}
@@ -233,7 +218,11 @@ def diagram(
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.grid(visible=False)
-    return _finish(ax, {"xticks": [], "yticks": []} | settings)
+    fig = _finish(ax, {"xticks": [], "yticks": []} | settings)
+    if not fig.get_label():
+        joined = (f"{texts[a][2]} → {texts[b][2]} {w}".strip() for a, b, w in ways)
+        fig.set_label(f"{'; '.join(joined)}.")
+    return fig
 
 
 def number_lines(*kinds: str, limit: float | None = None) -> Figure:
@@ -243,15 +232,14 @@ def number_lines(*kinds: str, limit: float | None = None) -> Figure:
         *kinds: Formats of `floats` with at most 16 bits.
         limit: Show only what lies between -limit and limit.
 
-    Returns:
-        The figure.
-
     Example:
         >>> fig = number_lines("fp4_e2m1", "int8", limit=16)
     """
     from helpers import floats
 
-    fig, axes = figure(len(kinds), height=0.3 + 0.75 * len(kinds), squeeze=False)
+    alt = f"A stroke for every number, subnormal ones apart; from the top: {', '.join(kinds)}."
+    size = {"height": 0.3 + 0.75 * len(kinds), "squeeze": False}
+    fig, axes = figure(len(kinds), alt=alt, **size)
     for ax, kind in zip(axes[:, 0], kinds, strict=True):
         form, numbers = floats.FORMATS[kind], floats.values(kind)
         reach = limit or abs(numbers).max()

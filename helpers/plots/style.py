@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def figure(
         columns: Panels a row.
         width: Inches.
         height: Inches.
-        alt: Text alternative, kept as the figure's label (`fig.get_label()`).
+        alt: Begins the text alternative, which goes on with what is drawn (`str(fig)`).
         **subplots: For `plt.subplots` (`sharey=True`, ...).
 
     Returns:
@@ -83,9 +84,28 @@ def figure(
     import matplotlib.pyplot as plt
 
     use_style()  # and it stays: matplotlib looks some of it up only when it draws
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(width, height), layout="constrained", **subplots
-    )
+    size = {"figsize": (width, height), "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, FigureClass=_told_figure(), **size, **subplots)
     plt.close(fig)
     fig.set_label(alt)
     return fig, axes
+
+
+@functools.cache
+def _told_figure() -> type[Figure]:
+    """matplotlib's Figure, which brings its text alternative along when it is displayed."""
+    from matplotlib.figure import Figure
+
+    from helpers.plots._alt import describe
+
+    class ToldFigure(Figure):
+        def __str__(self) -> str:
+            return " ".join(filter(None, (self.get_label(), describe(self))))
+
+        def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            from IPython.core.pylabtools import print_figure
+
+            alt, png = str(self), print_figure(self, fmt="png", base64=True)
+            return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt}}
+
+    return ToldFigure
