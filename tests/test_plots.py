@@ -164,3 +164,10 @@ def test_a_figure_s_own_words_come_first_and_travel_with_the_picture():
 
 def test_an_empty_figure_says_so():
     assert str(plots.figure()[0]) == "An empty figure."
+
+
+def test_texts_on_a_picture_are_told_row_by_row():
+    notes = [(0, 0, "1"), (1, 0, "8"), (0, 1, "2")]
+    look = {"yticks": [0, 1], "yticklabels": ["fp32", "int8"]}
+    told = str(plots.heatmap([[0, 1], [1, 1]], colors=("white", "blue"), notes=notes, **look))
+    assert "2 rows by 2 columns in 2 colors. Written in it: fp32 1, 8; int8 2." in told

@@ -45,7 +45,7 @@ def _panel(ax: Axes) -> str:
     parts += [_axis(name, axis) for name, axis in (("Across", ax.xaxis), ("Up", ax.yaxis))]
     parts += [text for found in kinds.values() for text in found]
     if texts:
-        parts.append("Written in it: " + _listed(texts))
+        parts.append("Written in it: " + (_by_row(ax) or _listed(texts)))
     return " ".join(f"{shorten(part, 700).rstrip('.')}." for part in parts if part)
 
 
@@ -99,6 +99,8 @@ def _image(ax: Axes, image: Any) -> str:
     matrix = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
     rows, columns = matrix.shape[:2]
     told = f"{counted(rows, 'row')} by {counted(columns, 'column')}"
+    if image.cmap.N < 20:  # kinds, not amounts
+        return f"{told} in {image.cmap.N} colors"
     if matrix.ndim > 2 or np.isnan(matrix).all():
         return told
     told += f", values {_span(matrix[np.isfinite(matrix)])}"
@@ -109,6 +111,16 @@ def _image(ax: Axes, image: Any) -> str:
         return f"{told}; largest in each row: {_listed(each)}"
     row, column = np.unravel_index(int(np.nanargmax(matrix)), matrix.shape)
     return f"{told}; largest in row {row}, column {column}, counted from 0"
+
+
+def _by_row(ax: Axes) -> str:
+    """The texts on a picture whose rows have names, row by row."""
+    names: dict[int, str] = _tick_names(ax.yaxis) if ax.images else {}
+    rows: dict[str, list[str]] = {name: [] for name in names.values()}
+    for one in ax.texts:
+        if (place := round(one.get_position()[1])) in names:
+            rows[names[place]].append(one.get_text())
+    return "; ".join(f"{name} {', '.join(texts)}" for name, texts in rows.items() if texts)
 
 
 def _strokes(collection: Any) -> str:
