@@ -31,7 +31,7 @@ def describe(fig: Figure) -> str:
 
 def _panel(ax: Axes) -> str:
     bars = [_bars(ax, container) for container in ax.containers]
-    curves = [_curve(line) for line in ax.lines if len(line.get_xydata()) > 2]
+    curves = [_curve(line) for line in ax.lines if np.shape(line.get_xydata())[0] > 2]
     images = [_image(ax, image) for image in ax.images]
     strokes = [_strokes(collection) for collection in ax.collections]
     texts = [one.get_text().strip() for one in ax.texts if one.get_text().strip()]
@@ -96,7 +96,7 @@ def _bars(ax: Axes, container: Any) -> str:
 
 def _image(ax: Axes, image: Any) -> str:
     """The shape of a matrix, its range, and where each row is largest."""
-    matrix = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
+    matrix: np.ndarray = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
     rows, columns = matrix.shape[:2]
     told = f"{counted(rows, 'row')} by {counted(columns, 'column')}"
     if image.cmap.N < 20:  # kinds, not amounts

@@ -238,7 +238,7 @@ def number_lines(*kinds: str, limit: float | None = None) -> Figure:
     from helpers import floats
 
     alt = f"A stroke for every number, subnormal ones apart; from the top: {', '.join(kinds)}."
-    size = {"height": 0.3 + 0.75 * len(kinds), "squeeze": False}
+    size: dict[str, Any] = {"height": 0.3 + 0.75 * len(kinds), "squeeze": False}
     fig, axes = figure(len(kinds), alt=alt, **size)
     for ax, kind in zip(axes[:, 0], kinds, strict=True):
         form, numbers = floats.FORMATS[kind], floats.values(kind)

@@ -84,8 +84,9 @@ def figure(
     import matplotlib.pyplot as plt
 
     use_style()  # and it stays: matplotlib looks some of it up only when it draws
-    size = {"figsize": (width, height), "layout": "constrained"}
-    fig, axes = plt.subplots(rows, columns, FigureClass=_told_figure(), **size, **subplots)
+    size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained"}
+    size["FigureClass"] = _told_figure()
+    fig, axes = plt.subplots(rows, columns, **size, **subplots)
     plt.close(fig)
     fig.set_label(alt)
     return fig, axes
@@ -100,7 +101,7 @@ def _told_figure() -> type[Figure]:
 
     class ToldFigure(Figure):
         def __str__(self) -> str:
-            return " ".join(filter(None, (self.get_label(), describe(self))))
+            return f"{self.get_label() or ''} {describe(self)}".strip()
 
         def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             from IPython.core.pylabtools import print_figure
