@@ -45,7 +45,7 @@ def test_the_library_is_small():
     lines = {path: len(path.read_text("utf-8").splitlines()) for path in FILES if counted(path)}
     large = {str(path): count for path, count in lines.items() if count > 350}
     assert not large, f"one idea a file, at most 350 lines: {large}"
-    # It may only shrink: the house is meant to have 8,000.
+    # What it has now. The aim is 8,000: whoever adds lines raises this with open eyes.
     assert sum(lines.values()) <= 12132
 
 

@@ -9,15 +9,28 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from helpers._report import counted, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 _MOST = 14  # bars, names or texts that are listed one by one
+
+
+class ToldFigure(Figure):
+    """matplotlib's Figure, which brings its text alternative along when it is displayed."""
+
+    def __str__(self) -> str:
+        return f"{self.get_label() or ''} {describe(self)}".strip()
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        from IPython.core.pylabtools import print_figure
+
+        alt, png = str(self), print_figure(self, fmt="png", base64=True)
+        return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt}}
 
 
 def describe(fig: Figure) -> str:

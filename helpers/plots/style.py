@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,30 +82,12 @@ def figure(
     """
     import matplotlib.pyplot as plt
 
+    from helpers.plots._alt import ToldFigure
+
     use_style()  # and it stays: matplotlib looks some of it up only when it draws
     size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained"}
-    size["FigureClass"] = _told_figure()
+    size["FigureClass"] = ToldFigure
     fig, axes = plt.subplots(rows, columns, **size, **subplots)
     plt.close(fig)
     fig.set_label(alt)
     return fig, axes
-
-
-@functools.cache
-def _told_figure() -> type[Figure]:
-    """matplotlib's Figure, which brings its text alternative along when it is displayed."""
-    from matplotlib.figure import Figure
-
-    from helpers.plots._alt import describe
-
-    class ToldFigure(Figure):
-        def __str__(self) -> str:
-            return f"{self.get_label() or ''} {describe(self)}".strip()
-
-        def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-            from IPython.core.pylabtools import print_figure
-
-            alt, png = str(self), print_figure(self, fmt="png", base64=True)
-            return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt}}
-
-    return ToldFigure
