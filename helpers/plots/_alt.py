@@ -163,6 +163,8 @@ def _span(values: np.ndarray) -> str:
 
 
 def _number(value: float) -> str:
+    if float(value).is_integer() and abs(value) < 1e7:
+        return f"{value:.0f}" if abs(value) < 1e4 else f"{value:,.0f}"  # a year has no comma
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
