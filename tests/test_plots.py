@@ -148,7 +148,8 @@ def test_a_matrix_is_told_by_its_largest_cells_and_a_diagram_by_its_arrows():
     assert "2 rows by 2 columns, values from 0 to 0.5" in told
     assert "largest in each row: I at am, am at I" in told
     told = str(plots.diagram([(0, 0, "ask"), (1, 0, "act")], [(0, 1, "yes")]))
-    assert told.startswith("ask → act yes.")
+    assert told == "Arrows: ask → act (yes)."
+    assert str(plots.diagram([(0, 0, "ask")])) == "Words. Written in it: ask."
 
 
 def test_a_figure_s_own_words_come_first_and_travel_with_the_picture():

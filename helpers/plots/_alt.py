@@ -24,7 +24,8 @@ class ToldFigure(Figure):
     """matplotlib's Figure, which brings its text alternative along when it is displayed."""
 
     def __str__(self) -> str:
-        return f"{self.get_label() or ''} {describe(self)}".strip()
+        own, told = str(self.get_label() or ""), describe(self)
+        return own if own and told.startswith("Words.") else f"{own} {told}".strip()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         from IPython.core.pylabtools import print_figure

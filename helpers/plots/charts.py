@@ -220,8 +220,9 @@ def diagram(
     ax.grid(visible=False)
     fig = _finish(ax, {"xticks": [], "yticks": []} | settings)
     if not fig.get_label():
-        joined = (f"{texts[a][2]} → {texts[b][2]} {w}".strip() for a, b, w in ways)
-        fig.set_label(f"{'; '.join(joined)}.")
+        words = [" ".join(text.split()) for _, _, text in texts]
+        told = [f"{words[a]} → {words[b]}" + (f" ({w})" if w else "") for a, b, w in ways]
+        fig.set_label(f"Arrows: {'; '.join(told)}." if told else "")
     return fig
 
 
