@@ -172,3 +172,10 @@ def test_texts_on_a_picture_are_told_row_by_row():
     look = {"yticks": [0, 1], "yticklabels": ["fp32", "int8"]}
     told = str(plots.heatmap([[0, 1], [1, 1]], colors=("white", "blue"), notes=notes, **look))
     assert "2 rows by 2 columns in 2 colors. Written in it: fp32 1, 8; int8 2." in told
+
+
+def test_panels_that_share_an_axis_share_its_words():
+    fig, axes = plots.figure(1, 2, sharey=True)
+    for ax, shift in zip(axes, (0, 5), strict=True):
+        plots.bars({"T4": 16 + shift, "L4": 24 + shift}, horizontal=True, ax=ax)
+    assert str(fig) == "Panel 1. Bars. T4 16, L4 24. Panel 2. Bars. T4 21, L4 29."

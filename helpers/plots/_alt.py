@@ -148,6 +148,16 @@ def _strokes(collection: Any) -> str:
 
 
 def _tick_names(axis: Axis) -> dict[int, str]:
+    """{place: word} of an axis's ticks; of panels that share one, the first carries them."""
+    ax = axis.axes
+    if axis is ax.xaxis:
+        together = [one.xaxis for one in ax.get_shared_x_axes().get_siblings(ax)]
+    else:
+        together = [one.yaxis for one in ax.get_shared_y_axes().get_siblings(ax)]
+    return next(filter(None, map(_words, [axis, *together])), {})
+
+
+def _words(axis: Axis) -> dict[int, str]:
     """{place: word} of the ticks that carry words rather than their own number."""
     names = {}
     for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False):

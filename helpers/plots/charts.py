@@ -220,8 +220,8 @@ def diagram(
     ax.grid(visible=False)
     fig = _finish(ax, {"xticks": [], "yticks": []} | settings)
     if not fig.get_label():
-        words = [" ".join(text.split()) for _, _, text in texts]
-        told = [f"{words[a]} → {words[b]}" + (f" ({w})" if w else "") for a, b, w in ways]
+        said = [" ".join(text.split()) for _, _, text in texts]
+        told = [f"{said[a]} → {said[b]}" + (f" ({w})" if w else "") for a, b, w in ways]
         fig.set_label(f"Arrows: {'; '.join(told)}." if told else "")
     return fig
 
