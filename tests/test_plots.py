@@ -179,3 +179,9 @@ def test_panels_that_share_an_axis_share_its_words():
     for ax, shift in zip(axes, (0, 5), strict=True):
         plots.bars({"T4": 16 + shift, "L4": 24 + shift}, horizontal=True, ax=ax)
     assert str(fig) == "Panel 1. Bars. T4 16, L4 24. Panel 2. Bars. T4 21, L4 29."
+
+
+def test_a_piece_of_a_stack_is_told_by_its_height():
+    fig, ax = plots.figure()
+    ax.bar([0], [2.5], label="weights")
+    assert str(fig) == "Bars. weights: 2.5."

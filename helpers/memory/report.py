@@ -160,9 +160,8 @@ class MemoryEstimate(_report.Shown):
         """
         from helpers import plots
 
-        fig, (left, right) = plots.figure(
-            1, 2, width=9.5, height=3.6, width_ratios=[1, 2.2], sharey=True
-        )
+        size: dict[str, Any] = {"width": 9.5, "height": 3.6, "alt": f"{str(self).splitlines()[0]}."}
+        fig, (left, right) = plots.figure(1, 2, **size, width_ratios=[1, 2.2], sharey=True)
         bottom = 0.0
         for name, mb, _ in self.table().itertuples():
             color = plots.COLORS[_COLORS[name]]

@@ -100,6 +100,8 @@ def _bars(ax: Axes, container: Any) -> str:
     if len(bars) <= _MOST and names:
         pairs = zip(middles, lengths, strict=True)
         return name + _listed(f"{names.get(round(m), '')} {_number(n)}" for m, n in pairs)
+    if len(bars) == 1:  # one piece of a stack
+        return f"{name}{_number(lengths[0])}"
     top = int(lengths.argmax())
     filled = [middle for middle, length in zip(middles, lengths, strict=True) if length]
     if not filled:
