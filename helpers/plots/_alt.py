@@ -166,8 +166,14 @@ def _words(axis: Axis) -> dict[int, str]:
         text = label.get_text()
         if text and float(place).is_integer():
             names[int(place)] = text
-    own = all(text.replace("\N{MINUS SIGN}", "-") == f"{place:g}" for place, text in names.items())
-    return {} if own else names
+    return {} if all(_says(text, place) for place, text in names.items()) else names
+
+
+def _says(text: str, place: int) -> bool:
+    try:
+        return float(text.replace("\N{MINUS SIGN}", "-")) == place
+    except ValueError:
+        return False
 
 
 def _span(values: np.ndarray) -> str:
@@ -176,9 +182,11 @@ def _span(values: np.ndarray) -> str:
 
 
 def _number(value: float) -> str:
-    if float(value).is_integer() and abs(value) < 1e7:
-        return f"{value:.0f}" if abs(value) < 1e4 else f"{value:,.0f}"  # a year has no comma
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    if 1000 <= abs(value) < 1e4:
+        return f"{value:.0f}"  # a year has no comma
+    if float(value).is_integer() and abs(value) < 1000:
+        return f"{value:.0f}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _listed(words: Iterable[str]) -> str:
