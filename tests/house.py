@@ -26,7 +26,6 @@ from helpers.course import doctor, notebooks, places  # noqa: E402
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PAGE = "Troubleshooting.md"
 PICTURE = ".github/before-and-after.png"
-MEASURED = r"(?s)(<!-- measured cards -->).*?(<!-- /measured cards -->)"
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/{name}.ipynb)"
@@ -70,7 +69,7 @@ ADDRESSES = (
 # ── in step ──────────────────────────────────────────────────────────────────────────────
 def sync(repository=None):
     """Put badges, bootstrap cells and addresses, Troubleshooting.md, README's figure and its
-    table of cards in step; returns the names of the files that changed.
+    table of cards, and the log of tests/field in step; returns the names of the files that changed.
 
     Stored outputs stay as they are. repository: 'owner/name' of a fork, which goes into
     pyproject.toml too; ValueError for another form.
@@ -84,8 +83,9 @@ def sync(repository=None):
     for path in map(notebooks.find, notebooks.written()):
         new[path] = _notebook_in_step(path.read_text("utf-8"), target, path.stem)
     new[root / PAGE] = troubleshooting()
-    readme = root / "README.md"
-    new[readme] = re.sub(MEASURED, lambda old: f"{old[1]}\n{_cards(root)}\n{old[2]}", new[readme])
+    readme, log = root / "README.md", root / "tests" / "field" / "README.md"
+    new[readme] = _filled(new[readme], "measured cards", _cards(root))
+    new[log] = _filled(log.read_text("utf-8"), "field log", _field(root))
     new[root / PICTURE] = _picture()
     changed = []
     for path, content in new.items():
@@ -134,6 +134,17 @@ def _picture():
     cells = json.loads(notebooks.find("Chapter0").read_text("utf-8"))["cells"]
     outputs = [output.get("data", {}) for c in cells for output in c.get("outputs", [])]
     return base64.b64decode([o["image/png"] for o in outputs if "image/png" in o][-1])
+
+
+def _filled(text, name, content):
+    """The page with what stands between `<!-- name -->` and `<!-- /name -->` renewed."""
+    place = rf"(?s)(<!-- {name} -->).*?(<!-- /{name} -->)"
+    return re.sub(place, lambda old: f"{old[1]}\n{content}\n{old[2]}", text)
+
+
+def _field(root):
+    """The log of tests/field: thread, input, test."""
+    return runpy.run_path(str(root / "tests" / "field" / "field_log.py"))["table"]()
 
 
 def _cards(root):
