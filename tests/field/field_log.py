@@ -35,5 +35,7 @@ def table():
         ]
         if lines:
             head = f"### `test_{kind}_…`: {meaning[0].lower()}{meaning[1:]}"
-            parts.append("\n".join([head, "", "| Thread | Input | Test |", "|---|---|---|", *lines]))
+            parts.append(
+                "\n".join([head, "", "| Thread | Input | Test |", "|---|---|---|", *lines])
+            )
     return "\n\n".join(parts)
