@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from helpers.lora.layer import LoRALinear
@@ -45,16 +47,31 @@ def is_repacked(module: nn.Module) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
 
-def adapter_parts(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Parameter]]]:
-    """(layer, adapter's name, its parameters) for adapters of PEFT and for `LoRALinear`."""
+def adapter_parts(model: nn.Module) -> Iterator[tuple[str, Any, str, list[nn.Parameter]]]:
+    """(name, layer, adapter's name, its parameters) for adapters of PEFT and `LoRALinear`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
-            yield layer, "default", [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
+            parameters = [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
+            yield name, layer, "default", parameters
         elif isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper):
             for part in layer.adapter_layer_names:
                 for adapter, item in getattr(layer, part, {}).items():
                     whole = isinstance(item, nn.Parameter)
-                    yield layer, adapter, [item] if whole else list(item.parameters())
+                    yield name, layer, adapter, [item] if whole else list(item.parameters())
+
+
+def low_rank_pairs(model: nn.Module) -> Iterator[tuple[str, float, list[torch.Tensor]]]:
+    """(name, scaling, [A, B]) of every low-rank adapter that the forward pass goes through."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            yield name, layer.scaling, [layer.lora_A.weight, layer.lora_B.weight]
+        elif isinstance(layer, LoraLayer):
+            for adapter in set(layer.active_adapters).intersection(layer.r):
+                kind = "lora_" if adapter in layer.lora_A else "lora_embedding_"
+                pair = [getattr(layer, kind + part)[adapter] for part in "AB"]
+                yield name, layer.scaling[adapter], [getattr(x, "weight", x) for x in pair]

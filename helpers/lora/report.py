@@ -134,7 +134,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     import pandas as pd
 
     named_modules(model)  # for its TypeError
-    adapters = {id(p): adapter for _, adapter, ps in adapter_parts(model) for p in ps}
+    adapters = {id(p): adapter for _, _, adapter, ps in adapter_parts(model) for p in ps}
     rows = []
     for name, parameter in model.named_parameters():
         kind = _kind(name, model.get_submodule(name.rpartition(".")[0]))
