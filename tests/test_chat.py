@@ -183,8 +183,12 @@ def test_every_situation_ends_well_and_twice_equals_once(situation, tied):
     assert torch.equal(embedding[:rows], old)
     assert (embedding.data_ptr() == head.data_ptr()) == tied
     assert head.shape == embedding.shape
+    stops = tokenizer.eos_token_id
+    if tokenizer.chat_template:  # both of these end a turn otherwise than by EOS
+        end = "<|im_end|>" if "im_end" in tokenizer.chat_template else "<|end|>"
+        stops = [stops, tokenizer.convert_tokens_to_ids(end)]
     for pad, bos, eos in ids_of(model):
-        assert (pad, eos) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert (pad, eos) == (tokenizer.pad_token_id, stops)
         assert tokenizer.bos_token_id in {None, bos}
     # Nothing the template says may ever be padding.
     assert tokenizer.pad_token not in {"<|im_end|>", "<|end|>", "<|user|>", "<|image_pad|>"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby, pairwise, takewhile
 from typing import TYPE_CHECKING
 
 from helpers.chat._tokens import Token, fence, squeeze, unfence
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 # What to mend first, first.
 CODES = (
+    "message_lost",
+    "control_in_text",
+    "rows_dropped",
+    "no_template",
     "nothing_trained",
     "labels_differ",
     "double_bos",
@@ -22,10 +27,13 @@ CODES = (
     "start_not_trained",
     "end_of_turn_not_trained",
     "eos_not_trained",
+    "end_of_turn_not_stop",
     "truncated",
     "padding_trained",
 )
 Alarms = Iterator[tuple[str, str]]  # code and message
+# An EOS that ends turns: of a chat model, which may stop at more than its tokenizer tells.
+_ENDS_TURNS = re.compile(r"im_end|eot|turn|utterance|^<\|end\|>$", re.IGNORECASE)
 
 
 def check_labels(row: Sequence[Token]) -> Alarms:
@@ -53,14 +61,20 @@ class Sample:
     """One sample of a batch, without padding, held against the format of its chat."""
 
     def __init__(
-        self, format: ChatFormat, tokenizer: Tokenizer, tokens: list[Token], pieces: list[bytes]
+        self,
+        format: ChatFormat,
+        tokenizer: Tokenizer,
+        tokens: list[Token],
+        pieces: list[bytes],
+        stops: Sequence[str] | None = None,
     ) -> None:
-        self.format, self.tokenizer, self.tokens = format, tokenizer, tokens
+        self.format, self.tokenizer, self.tokens, self.stops = format, tokenizer, tokens, stops
         said = [pieces[token.index] for token in tokens]
         said = said if format.spaces else [squeeze(piece) for piece in said]
         self.edges = list(accumulate(map(len, said), initial=0))  # of tokens, in the text
         self.text = b"".join(said)
-        self.ends = [end for end in (format.turn_end, format.last_end) if end]
+        ends = (format.turn_end, format.last_end, format.call_end)
+        self.ends = [end for end in dict.fromkeys(ends) if end]
         self.headers = [mark for mark in (format.header, format.question) if mark]
         shared = tokenizer.pad_token_id == tokenizer.eos_token_id
         self.why = " pad_token is eos_token: whoever masked padding masked it too." * shared
@@ -77,12 +91,32 @@ class Sample:
         if not any(token.trained for token in tokens):
             yield "nothing_trained", "has no label at all: it teaches nothing."
         elif any(mark in self.text for mark in self.headers):
-            for start, stop in trained_runs(tokens):
+            for start, stop in self._runs():
                 yield from self._check_run(start, stop)
+            yield from self._check_stop()
+        elif self.headers and not tokens[0].trained:
+            yield (
+                "no_template",
+                "trains a part of a text without roles, though the tokenizer has a chat template: "
+                "it was not applied. Give the trainer messages (role and content), not strings.",
+            )
         elif tokens[-1].id != tokenizer.eos_token_id:
             yield "eos_not_trained", f"is plain text, and no EOS at its end.{self.why}"
         elif not tokens[-1].trained:
             yield "eos_not_trained", f"is plain text, and its EOS is not trained.{self.why}"
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """The trained runs; one that stops inside a character goes on behind it.
+
+        Where the markers meet behind an emoji, transformers leaves out its last bytes.
+        """
+        runs: list[tuple[int, int]] = []
+        for start, stop in trained_runs(self.tokens):
+            hole = self.text[self.edges[runs[-1][1]] : self.edges[start]] if runs else b""
+            if hole and all(0x80 <= byte < 0xC0 for byte in hole):
+                start = runs.pop()[0]
+            runs.append((start, stop))
+        return runs
 
     def _double_bos(self) -> bool:
         bos, mark, own = self.tokenizer.bos_token_id, fence(self.tokenizer.bos_token), 1
@@ -94,11 +128,11 @@ class Sample:
     def _check_run(self, start: int, stop: int) -> Alarms:
         """Does a trained run begin where the template lets an answer start?"""
         begin, second, finish = self.edges[start], self.edges[start + 1], self.edges[stop]
-        said, between = self.text[begin:finish], self.format.between
+        said = self.text[begin:finish]
         token = f"token {self.tokens[start].index} ({self.tokens[start].text!r})"
         if self._answer_starts(begin, second):
-            if between and between in said and self.format.header in said.split(between, 1)[1]:
-                yield "prompt_trained", "trains a question between two answers."
+            if other := self._between_answers(said):
+                yield "prompt_trained", f"trains {other} between two answers."
         elif start == 0 and not any(mark in said for mark in self.headers):
             yield "truncated", "starts in the middle of an answer."
         elif self._inside_answer(begin) and not self._answer_starts(second, finish):
@@ -111,6 +145,45 @@ class Sample:
                 return  # no answer in it that could end badly
         if self.ends:
             yield from self._check_end(start, stop)
+
+    def _between_answers(self, said: bytes) -> str:
+        """What a run that begins with an answer trains before another one; "" if nothing."""
+        format = self.format
+        if format.tool and format.tool in said:
+            return "a tool's result"
+        _, found, rest = said.partition(format.between)
+        if found and format.between and format.header in rest:
+            return "a question"
+        # Any other role (a system message, an observation): a turn that is not an answer's.
+        pairs = zip(format.header, format.question, strict=False)
+        opening = bytes(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        answers = tuple(before for before, _ in format.starts if before)
+        while format.turn_end and format.turn_end in said:
+            said = said.split(format.turn_end, 1)[1]
+            turn = said.lstrip()
+            if turn.startswith(opening) and not turn.startswith(answers) and format.header in turn:
+                return "another role's turn"
+        return ""
+
+    def _check_stop(self) -> Alarms:
+        """Does generation stop where the template ends an answer?"""
+        ends, eos = self.format.stop_words, self.tokenizer.eos_token
+        if not ends:
+            yield (
+                "end_of_turn_not_stop",
+                "is of a template that writes nothing where an answer ends: the model will not "
+                "learn to stop. Put eos_token behind the content, before `{% endgeneration %}`.",
+            )
+        elif self.stops is None and _ENDS_TURNS.search(eos or ""):
+            return  # only the model could tell
+        elif not any(stop in end for stop in self.stops or [eos or "\0"] for end in ends):
+            known = ends[-1] in self.tokenizer.get_added_vocab()
+            cure = f"set tokenizer.eos_token = {ends[-1]!r}, then run chat.prepare_model"
+            yield (
+                "end_of_turn_not_stop",
+                f"ends its answers with {ends[-1]!r}, which is no stop token (EOS is {eos!r}): the "
+                f"model will talk on: {cure if known else 'take chat.choose_template(tokenizer)'}.",
+            )
 
     def _answer_starts(self, begin: int, end: int) -> bool:
         """True if the template lets an answer start at `begin`, or after it but before `end`.

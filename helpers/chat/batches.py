@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from helpers import plots
-from helpers._checks import one_of
+from helpers._checks import one_of, whole_number
 
 Rows: TypeAlias = Sequence[Mapping[str, Sequence[int]]]
 
@@ -85,6 +85,7 @@ def lay_out(rows: Rows, tokenizer: Tokenizer, strategy: str, *, max_length: int 
         >>> lay_out(rows, tokenizer, "padding (TRL)").padding  # doctest: +SKIP
     """
     one_of("strategy", strategy, STRATEGIES)
+    whole_number("max_length", max_length)
     lengths = [len(row["input_ids"]) for row in rows]
     if not lengths or not all(lengths):
         raise ValueError("rows must hold at least one row, and no row may be empty")
@@ -98,6 +99,9 @@ def lay_out(rows: Rows, tokenizer: Tokenizer, strategy: str, *, max_length: int 
         }
         for number, row in enumerate(rows)
     ]
+    for number, (row, length) in enumerate(zip(columns, lengths, strict=True)):
+        if len(row["labels"]) != length:
+            raise ValueError(f"rows[{number}] has {length} ids but {len(row['labels'])} labels")
     if strategy.startswith("padding ("):
         columns = [{name: c[:max_length] for name, c in row.items()} for row in columns]
     elif strategy.startswith("packing: "):
@@ -168,7 +172,8 @@ def leak(model: PreTrainedModel, layout: Layout, *, seed: int = 0) -> float:
     inputs = {k: tensor.to(model.device) for k, tensor in layout.batch.items() if k != "labels"}
     changed = inputs["input_ids"].clone()
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(model.config.vocab_size, (int(first.sum()),), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    words = torch.randint(vocabulary, (int(first.sum()),), generator=generator)
     changed[first] = words.to(model.device)
     training = model.training
     model.eval()  # dropout would look like a leak

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from helpers.chat._messages import REJECTIONS, find_controls, find_lost, find_wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -52,9 +55,10 @@ def choose_template(tokenizer: Tokenizer) -> str:
         tokenizer: of a chat model or of a base model.
 
     Returns:
-        `chatml_template()` where the vocabulary has its markers (SmolLM2, Qwen); else the
-        tokenizer's own template (Phi-3); else, for a base model (OPT), roles in plain words
-        and EOS behind what the assistant says.
+        `chatml_template()` where the vocabulary has its markers (SmolLM2, Qwen 2.5), unless the
+        tokenizer's own template writes another prompt (Phi-4, Qwen3.5); else the own one
+        (Phi-3); else, for a base model (OPT), roles in plain words and EOS behind what the
+        assistant says.
 
     Raises:
         ValueError: where there is neither a template nor an EOS token.
@@ -63,10 +67,11 @@ def choose_template(tokenizer: Tokenizer) -> str:
         >>> tokenizer.chat_template = choose_template(tokenizer)  # doctest: +SKIP
     """
     vocabulary = tokenizer.get_vocab()
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+    chatml = {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys()
+    if chatml and not _own_prompt(tokenizer):
         return chatml_template()
     if tokenizer.chat_template:
-        return tokenizer.chat_template
+        return tokenizer.get_chat_template()
     if tokenizer.eos_token is None:
         raise ValueError(
             "tokenizer has neither a chat template nor an EOS token, so no answer could end: "
@@ -75,27 +80,46 @@ def choose_template(tokenizer: Tokenizer) -> str:
     return _read("plain.jinja")
 
 
+def _own_prompt(tokenizer: Any) -> bool:
+    """True if the tokenizer's own template asks otherwise than ChatML, a system turn aside."""
+    if not tokenizer.chat_template:
+        return False
+    talk = [{"role": r, "content": "Zebrafink"} for r in ("user", "assistant", "user")]
+    asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        own = tokenizer.apply_chat_template(talk, **asked)
+    except REJECTIONS:
+        return False
+    plain = tokenizer.apply_chat_template(talk, chat_template=chatml_template(), **asked)
+    before = own.removesuffix(plain)
+    same = before != own and (not before or before.startswith("<|im_start|>system"))
+    return "Zebrafink" in own and not same
+
+
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, template: str | None = None
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, template: str | None = None
 ) -> dict[str, list[int]]:
     """A conversation as a training row: `input_ids` and `labels`, of one length.
 
+    A text of a message that spells one of the template's own tokens becomes that token, as
+    everywhere in transformers; here with a warning.
+
     Args:
         tokenizer: with a chat template, unless `template` is given.
-        messages: each with 'role' and 'content'.
+        messages: each with 'role' and 'content', and what else the template can write.
         template: used instead of the tokenizer's own.
 
     Returns:
         The row; labels are -100 outside the template's `{% generation %}` blocks.
 
     Raises:
-        ValueError: if the template is missing, has no markers, does not compile or rejects
-            the messages.
+        ValueError: if the template is missing, has no markers, does not compile, rejects a
+            message or leaves out what one says; it names the message.
 
     Example:
         >>> row = encode_chat(tokenizer, messages)  # doctest: +SKIP
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
 
     template = template or (tokenizer.get_chat_template() if tokenizer.chat_template else "")
     if "endgeneration" not in template:
@@ -105,21 +129,38 @@ def encode_chat(
             "tokenizer.chat_template = chat.chatml_template(), or what TRL's "
             "get_training_chat_template(tokenizer) returns."
         )
+
+    def render(some: list[Any]) -> str:
+        return str(tokenizer.apply_chat_template(some, chat_template=template, tokenize=False))
+
+    talk: list[Any] = list(messages)
+    for i, given in enumerate(talk or [None]):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"messages[{i}] must hold 'role' and 'content', and is {given!r}")
     try:
         row: Any = tokenizer.apply_chat_template(
-            list(map(dict, messages)),
+            list(map(dict, talk)),
             chat_template=template,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
     except TemplateSyntaxError as error:
-        message = f"the template does not compile: {error.message} (line {error.lineno})"
-        raise ValueError(message) from error
-    except (TemplateError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"the template rejects these messages: {error}. Each message needs 'role' and "
+            f"the template does not compile: {error.message} (line {error.lineno})"
+        ) from error
+    except REJECTIONS as error:
+        which = find_wrong(talk, render, error) or "these messages"
+        raise ValueError(
+            f"the template rejects {which}: {error}. Each message needs 'role' and "
             "'content', and the roles and their order must be ones the template knows."
         ) from error
+    if lost := find_lost(talk, render):
+        raise ValueError(
+            f"{lost}: the model would never see it. Use a template that writes it, put it into "
+            "the 'content', or take it out of the message."
+        )
+    if spelled := find_controls(tokenizer, talk, render(talk)):
+        warnings.warn(f"{spelled}. Clean or respell such texts.", stacklevel=2)
     said = zip(row["input_ids"], row["assistant_masks"], strict=True)
     labels = [token if kept else -100 for token, kept in said]
     return {"input_ids": list(row["input_ids"]), "labels": labels}

@@ -149,8 +149,9 @@ def prepare_model(model: Model, tokenizer: Tokenizer, *, multiple_of: int = 64) 
     """Make a model agree with its tokenizer, in place and return it; twice equals once.
 
     The embedding grows if a token has no row, and never shrinks: spare rows are free. Tied
-    heads stay tied. PAD, BOS and EOS ids go into `config` and `generation_config`; where
-    these list several stop tokens, EOS joins the list.
+    heads stay tied. PAD, BOS and EOS ids go into `config` and `generation_config`. Where the
+    chat template ends an answer with another token than EOS, the model stops there too; where
+    the configs list several stop tokens, these join the list.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -178,12 +179,30 @@ def prepare_model(model: Model, tokenizer: Tokenizer, *, multiple_of: int = 64) 
     # freeze the input side of the very token that ends an answer.
     if getattr(embedding, "padding_idx", None) is not None:
         embedding.padding_idx = pad
+    ends = _ends_of_turn(tokenizer)
     configs: list[Any] = [model.config.get_text_config(), getattr(model, "generation_config", None)]
     for config in filter(None, configs):
         stops = config.eos_token_id
         several = isinstance(stops, list | tuple)
-        config.eos_token_id = [eos, *(i for i in stops if i != eos)] if several else eos
+        ids = list(dict.fromkeys([eos, *ends, *(stops if several else ())]))
+        config.eos_token_id = ids if several or ends else eos
         config.pad_token_id = pad
         if tokenizer.bos_token_id is not None:
             config.bos_token_id = tokenizer.bos_token_id
     return model
+
+
+def _ends_of_turn(tokenizer: Tokenizer) -> list[int]:
+    """The token that ends the template's answers, if EOS does not."""
+    from helpers.chat._format import read_format
+
+    if not tokenizer.chat_template:
+        return []
+    try:
+        words = read_format(tokenizer).stop_words
+    except ValueError:  # no plain chat can be rendered: nothing ends an answer
+        return []
+    known = tokenizer.get_added_vocab()
+    if not words or any(str(tokenizer.eos_token) in word for word in words):
+        return []
+    return [known[words[-1]]] if words[-1] in known else []
