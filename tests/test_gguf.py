@@ -6,8 +6,8 @@ import struct
 
 import pytest
 import torch
+from trial_model import llama, tokenizer
 
-from helpers import chat, models
 from helpers.serving import gguf, llamacpp
 
 TALK = [
@@ -16,29 +16,11 @@ TALK = [
 ]
 
 
-def tokenizer():
-    made = models.load_tokenizer(models.EMBEDDED)
-    made.chat_template = chat.chatml_template()
-    return chat.prepare_tokenizer(made)
-
-
-def tiny(width=256, ffn=320, seed=0):
-    """One random layer; its width divides into super-blocks of 256, its ffn does not."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    shape = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152}
-    return LlamaForCausalLM(
-        LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model and its tokenizer, saved as transformers saves them."""
     path = tmp_path_factory.mktemp("gguf") / "model"
-    tiny().save_pretrained(path)
+    llama().save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
 
@@ -54,7 +36,7 @@ def adapter(path, base=None, **settings):
 
     torch.manual_seed(1)
     settings = {"r": 4, "target_modules": ["q_proj", "down_proj"]} | settings
-    model = get_peft_model(tiny() if base is None else base, LoraConfig(**settings))
+    model = get_peft_model(llama() if base is None else base, LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -72,10 +54,10 @@ def test_the_file_holds_model_tokenizer_and_template(f16):
     assert found.kind == "F16"
     assert found.metadata["general.architecture"] == "llama"
     assert found.metadata["llama.embedding_length"] == 256
-    assert found.metadata["tokenizer.ggml.eos_token_id"] == 2
+    assert found.metadata["tokenizer.ggml.eos_token_id"] == tokenizer().eos_token_id
     assert "generation %}" in found.metadata["tokenizer.chat_template"], "markers and all"
-    assert found.metadata["tokenizer.ggml.tokens"] == "49,152 values"
-    weights = sum(p.numel() for p in tiny().parameters())
+    assert found.metadata["tokenizer.ggml.tokens"] == "300 values"
+    weights = sum(p.numel() for p in llama().parameters())
     assert found.tensors["weights"].sum() == weights
     assert found.tensors["bytes"].sum() < found.bytes
     assert 16 <= found.bits_per_weight < 16.1, "norms stay in float32"
@@ -86,7 +68,7 @@ def test_weights_arrive_rounded_once(f16):
     from gguf import GGUFReader
 
     stored = next(t for t in GGUFReader(f16).tensors if t.name == "blk.0.ffn_up.weight")
-    ours = tiny().model.layers[0].mlp.up_proj.weight.detach().half()
+    ours = llama().model.layers[0].mlp.up_proj.weight.detach().half()
     assert torch.equal(torch.tensor(stored.data.copy()), ours)
 
 
@@ -131,7 +113,8 @@ def test_an_adapter_or_a_quantized_model_is_sent_elsewhere(folder, tmp_path):
 
 def test_a_failing_converter_is_quoted_and_leaves_nothing(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 64)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": "one"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"convert_hf_to_gguf\.py ended with status"):
         gguf.convert_model(tmp_path / "model", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
@@ -166,7 +149,7 @@ def test_what_llamacpp_cannot_apply_is_refused(folder, tmp_path, settings, words
 
 
 def test_an_adapter_for_another_base_is_refused(folder, tmp_path):
-    saved = adapter(tmp_path / "adapter", base=tiny(width=128))
+    saved = adapter(tmp_path / "adapter", base=llama(width=128))
     with pytest.raises(ValueError, match=r"another model than.*has 256 features there"):
         gguf.convert_adapter(saved, folder, tmp_path / "adapter.gguf")
 

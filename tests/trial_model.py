@@ -1,4 +1,7 @@
-"""The tiny model of `helpers.serving._trial`; run with PYTHONPATH=. it writes the file."""
+"""The tiny model of `helpers.serving._trial`; run with PYTHONPATH=. it writes the file.
+
+And a folder as transformers saves one, with a tokenizer of bytes, which becomes GGUF fast.
+"""
 
 import gzip
 import tempfile
@@ -58,6 +61,44 @@ def write(path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def tokenizer():
+    """ChatML over single bytes and letters: 300 tokens, and nothing to merge."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    from helpers import chat
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    words += [chr(97 + n) for n in range(26)] + list(".,?!'ABCDEFG")
+    bare = Tokenizer(
+        models.BPE(
+            {word: n for n, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True
+        )
+    )
+    bare.normalizer = normalizers.Replace(" ", "▁")
+    bare.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>"
+    )
+    made.add_tokens([AddedToken("<|im_start|>", special=True)], special_tokens=True)
+    made.chat_template = chat.chatml_template()
+    return chat.prepare_tokenizer(made)
+
+
+def llama(width=256, ffn=320, seed=0, **settings):
+    """One random layer; its width divides into super-blocks of 256, its ffn does not."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    shape |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2} | settings
+    return LlamaForCausalLM(LlamaConfig(**shape)).eval()
 
 
 if __name__ == "__main__":

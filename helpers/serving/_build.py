@@ -120,7 +120,10 @@ def compile_programs(source: Path, extras: Collection[str], folder: Path) -> Non
         _call([*command, "--target", *PROGRAMS], tree, bar)
     programs.mkdir()
     for name in PROGRAMS:
-        shutil.copy2(made / "bin" / (name + EXE), programs)
+        program = made / "bin" / (name + EXE)
+        if not program.is_file() or not program.stat().st_size:
+            raise OSError(f"the build ended and left no {name}: is the disk full?")
+        shutil.copy2(program, programs)
     shutil.rmtree(tree)
     shutil.rmtree(made)
 
@@ -148,4 +151,5 @@ def _call(command, folder, bar=None):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        raise OSError(f"{' '.join(command[:3])} failed:\n{''.join(lines)}")
+        ended = _programs.how_it_ended(process.returncode)
+        raise OSError(f"{' '.join(command[:3])} {ended}:\n{''.join(lines)}")

@@ -15,6 +15,8 @@ PIPED: dict[str, Any] = {  # nothing asked of the user, all words on one channel
     "errors": "replace",
 }
 
+WINDOWS = {0xC000001D: signal.SIGILL, 0xC0000005: signal.SIGSEGV}
+
 
 def run(command: Iterable[object], **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; `.stdout` is all that it said, on both channels."""
@@ -22,10 +24,15 @@ def run(command: Iterable[object], **settings: Any) -> subprocess.CompletedProce
 
 
 def how_it_ended(status: int) -> str:
-    """A process's return code in words: a negative one is the signal that killed it."""
-    if status >= 0:
-        return f"ended with status {status}"
-    name = signal.Signals(-status).name
+    """A process's return code in words, the signal's name where one killed it.
+
+    Python says -4, a shell in between 132, Windows 0xC000001D.
+    """
+    number = -status if status < 0 else WINDOWS.get(status, status - 128)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # no signal of that number
+        return f"was killed by signal {number}" if status < 0 else f"ended with status {status}"
     why = {
         "SIGILL": ": it uses an instruction that this processor or virtual machine refuses",
         "SIGKILL": ": most likely because memory ran out",
@@ -37,4 +44,4 @@ def how_it_ended(status: int) -> str:
 def last_lines(said: str, lines: int = 8) -> str:
     """The end of what a program said, without empty lines."""
     kept = [line[:300] for line in said.splitlines() if line.strip()]
-    return "\n".join(kept[-lines:])
+    return "\n".join(kept[-lines:]) or "(none)"

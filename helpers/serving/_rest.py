@@ -17,15 +17,36 @@ class Refused(ConnectionError):
 def ask(url: str, payload: object = None, *, key: str = "", seconds: float = 600) -> Any:
     """POST a payload as JSON, or GET without one; returns the decoded answer.
 
-    Raises `Refused` with the server's words, and OSError when nobody answers.
+    Raises `Refused` with the server's words, OSError when nobody answers, and ValueError for a
+    payload that asks for a stream.
     """
+    if isinstance(payload, dict) and payload.get("stream"):
+        raise ValueError(
+            "stream=True: answers are returned whole here. For a stream ask the URL with a client "
+            "of OpenAI's protocol, or with urllib, and read the lines that begin with 'data: '"
+        )
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     data = None if payload is None else json.dumps(payload).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(url, data, headers), timeout=seconds) as answer:
-            return json.load(answer)
+            said = answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:400]
         raise Refused(f"{url}: HTTP {error.code}: {said}") from None
+    try:
+        return json.loads(said)
+    except ValueError:
+        raise Refused(f"{url}: answered, but no JSON: {said[:200]!r}") from None
+
+
+def words(message: dict[str, Any]) -> str:
+    """An answer's text; ValueError for one that holds thoughts or calls of a tool alone."""
+    for field in ("reasoning_content", "thinking", "tool_calls"):
+        if (found := message.get(field)) and not message.get("content"):
+            raise ValueError(
+                f"the answer has no text, only {field}: {found!r:.200}. Allow more tokens, or ask "
+                "the REST API itself (`server.post`), which returns everything"
+            )
+    return message.get("content") or ""

@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers._checks import one_of
 from helpers._files import atomic_path
-from helpers.serving import _programs, llamacpp
+from helpers.serving import _folders, _programs, llamacpp
 from helpers.serving._inspection import GGUFFile, inspect
 
 if TYPE_CHECKING:
@@ -39,10 +38,18 @@ KINDS = (
     *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1"),
     *("Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
 )
-MERGE = (
-    "Merge it instead: load the base in float32 or 16 bits, `PeftModel.from_pretrained`, "
-    "`merge_and_unload()`, save, `gguf.convert_model`"
-)
+# What a converter's words mean, for whoever has not written it.
+FAILURES = {
+    r"Model (\S+) is not supported": (
+        "llama.cpp has no converter for {} (OPT is one of those): fine-tune a model of the Llama, "
+        "Qwen, Gemma, Phi or Mistral kind"
+    ),
+    r"(BPE pre-tokenizer) was not recognized": (
+        "llama.cpp does not know how this tokenizer cuts a text into words (its {}): a normalizer, "
+        "a pre-tokenizer or BOS was changed, or the model is newer than this llama.cpp. Take the "
+        "base's own tokenizer files and add only your tokens and template"
+    ),
+}
 
 
 # ── converting ───────────────────────────────────────────────────────────────────────────
@@ -66,23 +73,8 @@ def convert_model(
         PosixPath('yoda-f16.gguf')
     """
     one_of("dtype", dtype, (*FLOATS, "q8_0"))
-    folder = _folder("folder", folder, "config.json")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"folder={str(folder)!r} holds an adapter: use `convert_adapter`, or merge it "
-            "(`model.merge_and_unload()`), save the whole model and convert that"
-        )
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        raise ValueError(
-            f"folder={str(folder)!r} has no tokenizer ({', '.join(names)}), and a GGUF file "
-            "carries it: call `tokenizer.save_pretrained(folder)` first"
-        )
-    if json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config"):
-        raise ValueError(
-            f"folder={str(folder)!r} holds a quantized model: load the base in float32 or "
-            "16 bits, merge the adapter into that, and save it again"
-        )
+    folder = _folders.find("folder", folder, "config.json")
+    _folders.check_model(folder)
     return _convert("convert_hf_to_gguf.py", [folder, "--outtype", dtype], out, overwrite)
 
 
@@ -105,58 +97,20 @@ def convert_adapter(
 
     Raises:
         ValueError: for what llama.cpp cannot apply (embeddings or whole modules, DoRA, alpha
-            patterns, rsLoRA, whose scale the converter would silently get wrong), and for
-            an adapter that does not fit the base.
+            patterns, rsLoRA, whose scale the converter would silently get wrong), for PiSSA,
+            OLoRA and other beginnings that changed the base, and for an adapter of another base.
 
     Example:
         >>> convert_adapter("adapter", "base", "adapter-f16.gguf")  # doctest: +SKIP
         PosixPath('adapter-f16.gguf')
     """
     one_of("dtype", dtype, (*FLOATS, "q8_0"))
-    adapter = _folder("adapter", adapter, "adapter_config.json")
-    base = _folder("base", base, "config.json")
-    _check_adapter(adapter, base)
+    adapter = _folders.find("adapter", adapter, "adapter_config.json")
+    _folders.find("adapter", adapter, "adapter_model.safetensors")
+    base = _folders.find("base", base, "config.json")
+    _folders.check_adapter(adapter, base)
     arguments = [adapter, "--base", base, "--outtype", dtype]
     return _convert("convert_lora_to_gguf.py", arguments, out, overwrite)
-
-
-def _check_adapter(adapter: Path, base: Path) -> None:
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    weights = _folder("adapter", adapter, "adapter_model.safetensors") / "adapter_model.safetensors"
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    for name, why in (
-        ("use_dora", "DoRA's magnitudes are unknown to llama.cpp"),
-        ("alpha_pattern", "llama.cpp knows one alpha for all layers"),
-        ("use_rslora", "the converter would scale by alpha/r instead of alpha/sqrt(r)"),
-    ):
-        if config.get(name):
-            raise ValueError(f"adapter={str(adapter)!r} has {name}: {why}. {MERGE}")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(base, local_files_only=True)
-        )
-    layers = dict(model.named_modules())
-    with safe_open(weights, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name, shape in shapes.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-        if not match:
-            raise ValueError(
-                f"adapter={str(adapter)!r} holds {name}, which is no low-rank pair: llama.cpp "
-                "cannot apply embeddings, heads, norms and `modules_to_save` (norms it would "
-                f"drop without a word). {MERGE}"
-            )
-        side, axis = ("in_features", 1) if match[2] == "A" else ("out_features", 0)
-        expected = getattr(layers.get(match[1]), side, "no")
-        if expected != shape[axis]:
-            raise ValueError(
-                f"adapter={str(adapter)!r} was trained on another model than "
-                f"base={str(base)!r}: {match[1]} has {expected} features there, and the "
-                f"adapter wants {shape}"
-            )
 
 
 def _convert(script: str, arguments: list[object], out: str | Path, overwrite: bool) -> Path:
@@ -243,7 +197,12 @@ def fidelity(
                     f"text is too short for windows of context={context} tokens: give more "
                     "text or a smaller context"
                 )
-            if not perplexity or (name and not divergence):
+            if re.search(r"[]:] *-?nan", done.stdout):
+                raise ValueError(
+                    f"{Path(path).name} holds weights that are no numbers (NaN): its perplexity is "
+                    "none either. Look at the training's loss"
+                )
+            if done.returncode or not perplexity or (name and not divergence):
                 raise _failed(f"llama-perplexity, on {Path(path).name},", done)
             rows.append(
                 {
@@ -260,8 +219,8 @@ def fidelity(
 # ── shared ───────────────────────────────────────────────────────────────────────────────
 def _failed(what: str, done: subprocess.CompletedProcess[str]) -> Exception:
     """For a program that failed: a file may be at fault, unless a signal ended it."""
-    kind = RuntimeError if done.returncode < 0 else ValueError
     ended, said = _programs.how_it_ended(done.returncode), _programs.last_lines(done.stdout)
+    kind = RuntimeError if "killed" in ended else ValueError
     return kind(f"{what} {ended}. Its last words:\n{said}")
 
 
@@ -273,19 +232,21 @@ def _write(
         raise ValueError(f"out must end in .gguf, not {Path(out).name!r}")
     with atomic_path(out, overwrite=overwrite) as partial:
         done = _programs.run([partial if x is out else x for x in command], **settings)
-        if match := re.search(r"Model (\S+) is not supported", done.stdout):
-            raise ValueError(
-                f"llama.cpp has no converter for {match[1]} (OPT is one of those): fine-tune a "
-                "model of the Llama, Qwen, Gemma, Phi or Mistral kind"
-            )
+        for words, meaning in FAILURES.items():
+            if match := re.search(words, done.stdout):
+                raise ValueError(meaning.format(match[1]))
         if done.returncode or not partial.is_file():
             raise _failed(name, done)
+        try:  # a full disk ends some programs without a word
+            found = inspect(partial)
+        except ValueError as error:
+            raise _failed(f"{name} left no whole file ({error}): it", done) from None
+        tokens = found.metadata.get("tokenizer.ggml.tokens")
+        rows = found.tensors["shape"].get("token_embd.weight", (0,))[0]
+        if rows and tokens and tokens != f"{rows:,} values":
+            raise ValueError(
+                f"the tokenizer has {tokens.removesuffix(' values')} tokens and the embedding "
+                f"{rows:,} rows, which llama.cpp will not load for this kind of tokenizer: call "
+                "`model.resize_token_embeddings(len(tokenizer))`, and save the model again"
+            )
     return Path(out)
-
-
-def _folder(name: str, value: str | Path, needed: str) -> Path:
-    folder = Path(value)
-    if not (folder / needed).is_file():
-        what = "has no" if folder.is_dir() else "is not a folder; wanted is one with"
-        raise ValueError(f"{name}={str(value)!r} {what} {needed}")
-    return folder

@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from helpers._report import Finding, Shown, card
+from helpers.serving import _programs
+from helpers.serving._anatomy import adds_bos, collate, opening, stop_words, writes_date
 from helpers.serving._rest import Messages
-from helpers.serving.ollama import adds_bos, stop_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ WHY = {
     "different_text": "the prompts differ",
     "different_tokens": "the same text becomes other tokens",
     "missing_stop": "a token that ends an answer is no stop word: it would go on and on",
+    "cutting_stop": "a stop word stands in what each answer begins with: nothing would be left",
 }
 
 
@@ -114,10 +116,11 @@ def template_parity(
         raise ValueError("conversations must be lists of messages that end with the user")
     if server is None and modelfile is None:
         raise ValueError("server or modelfile: pass at least one to compare with")
-    asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-    expected = [str(tokenizer.apply_chat_template(talk, **asked)) for talk in talks]
+    expected = [_training_prompt(tokenizer, *numbered) for numbered in enumerate(talks)]
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""  # the servers add it as well
     compared, skipped, found = [], {}, list[Difference]()
+    if writes_date(tokenizer):
+        skipped["prompts of another day"] = "the template writes today's date into them"
     if server is not None:
         got = [server.apply_template(talk) for talk in talks]
         compared.append("text and tokens of llama.cpp's server")
@@ -135,6 +138,15 @@ def template_parity(
         else:
             skipped["its TEMPLATE"] = "no program `go`; on Debian: apt-get install golang-go"
     return Parity(len(talks), tuple(compared), skipped, tuple(found))
+
+
+def _training_prompt(tokenizer, number, talk) -> str:
+    try:
+        return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything, on purpose too
+        raise ValueError(
+            f"conversations[{number}]: the tokenizer's own chat template refuses it ({error})"
+        ) from error
 
 
 def _texts(where, tokenizer, expected, got):
@@ -165,34 +177,49 @@ def _tokens(tokenizer, expected, got, server):
 
 
 def _stops(tokenizer, modelfile):
-    stops = [
-        json.loads(text) if text.startswith('"') else text.strip()
-        for text in re.findall(r"(?mi)^PARAMETER +stop +(.+)$", modelfile)
-    ]
+    stops = _fields(modelfile).get("stop", [])
     # One token that surely ends an answer is enough: the first of ours.
     if not set(stop_words(tokenizer)[:1]) & set(stops):
         yield Difference("missing_stop", WHY["missing_stop"], "ollama")
+    for word in stops:
+        if word in opening(tokenizer):
+            yield Difference("cutting_stop", f"{word!r}: {WHY['cutting_stop']}", "ollama")
+
+
+def _fields(modelfile: str) -> dict[str, list[str]]:
+    """The TEMPLATE, SYSTEM and stop texts of a Modelfile, as Ollama's parser reads them."""
+    found: dict[str, list[str]] = {}
+    line = r'(?ims)^[ \t]*(template|system|parameter[ \t]+stop)[ \t]+("""(.*?)"""|[^\n]*)'
+    for name, text, inside in re.findall(line, modelfile):
+        text = text.strip()
+        quoted = len(text) > 1 and text[0] == text[-1] == '"'
+        text = inside if text.startswith('"""') else text[1:-1] if quoted else text
+        found.setdefault(name.split()[-1].lower(), []).append(text)
+    return found
 
 
 def _render_in_go(modelfile: str, talks: list[list]) -> list[str]:
-    # Ollama hands a TEMPLATE the messages and, apart, the system message: that of the talk,
-    # or the Modelfile's SYSTEM.
-    fields = dict(re.findall(r'(?ms)^(TEMPLATE|SYSTEM) """(.*?)"""', modelfile))
-    if "TEMPLATE" not in fields:
-        raise ValueError('modelfile has no TEMPLATE """…""" to render')
+    # Ollama hands a TEMPLATE the messages, the Modelfile's SYSTEM first where they begin with
+    # another role, and once more, in one text, all system messages.
+    fields = _fields(modelfile)
+    if "template" not in fields:
+        raise ValueError("modelfile has no TEMPLATE to render")
     jobs = []
     for talk in talks:
-        if "SYSTEM" in fields and talk[0]["role"] != "system":
-            talk = [{"role": "system", "content": fields["SYSTEM"]}, *talk]
-        system = talk[0]["content"] if talk[0]["role"] == "system" else ""
-        jobs.append({"System": system, "Messages": talk})
+        if "system" in fields and talk[0]["role"] != "system":
+            talk = [{"role": "system", "content": fields["system"][-1]}, *talk]
+        orders = [m.get("content") or "" for m in talk if m["role"] == "system"]
+        jobs.append({"System": "\n\n".join(orders), "Messages": collate(talk)})
     done = subprocess.run(
         ["go", "run", Path(__file__).with_name("render.go")],
-        input=json.dumps({"Template": fields["TEMPLATE"], "Talks": jobs}),
+        input=json.dumps({"Template": fields["template"][-1], "Talks": jobs}),
         capture_output=True,
         encoding="utf-8",
         cwd=tempfile.gettempdir(),
     )
-    if done.returncode:
+    if done.stderr.startswith("template:"):
         raise ValueError(f"modelfile: Go refuses its TEMPLATE: {done.stderr.strip()}")
+    if done.returncode or not done.stdout.endswith("]\n"):  # a list is printed whole or not
+        ended, said = _programs.how_it_ended(done.returncode), _programs.last_lines(done.stderr)
+        raise RuntimeError(f"`go run` {ended} before it had rendered all talks:\n{said}")
     return json.loads(done.stdout)

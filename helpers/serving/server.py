@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import http.client
 import os
 import secrets
 import signal
@@ -47,7 +48,8 @@ class LlamaServer:
             one each time, so that no other program or web page of this machine can ask.
 
     Raises:
-        ValueError: for a damaged file and a taken port.
+        ValueError: for a damaged file, a taken port, less than one token or slot, and a model
+            and an adapter that changed places.
         RuntimeError: with the server's last words, when it does not start.
 
     Example:
@@ -67,10 +69,12 @@ class LlamaServer:
     ) -> None:
         self.key = secrets.token_urlsafe(24)
         self.model, self.adapter = Path(model), Path(adapter) if adapter else None
-        for path in filter(None, (self.model, self.adapter)):
-            gguf.inspect(path)  # says what is wrong with a file better than the server
-        self.port = _free_port(port)
-        self.context, self.slots, self.template = context, slots, template
+        for name, path in {"model": self.model, "adapter": self.adapter}.items():
+            # It says what is wrong with a file better than the server.
+            if path and (kind := gguf.inspect(path).metadata.get("general.type", name)) != name:
+                raise ValueError(f"{name}={str(path)!r} is a file of the type {kind!r}")
+        self.port, self.template = _free_port(port), template
+        self.context, self.slots = whole_number("context", context), whole_number("slots", slots)
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._said = ""
@@ -173,7 +177,8 @@ class LlamaServer:
 
         Raises:
             ConnectionError: with what the server said against it.
-            RuntimeError: when the server is not running.
+            RuntimeError: when the server is not running, or ends while it answers.
+            ValueError: for `stream=True`: one answer is returned, whole.
         """
         if self._process is None or self._process.poll() is not None:
             status = self._process.returncode if self._process else None
@@ -181,7 +186,16 @@ class LlamaServer:
             raise RuntimeError(
                 f"the server is not running; {how}use it in a `with` block\n{self.log()}"
             )
-        return _rest.ask(self.url + path, payload, key=self.key)
+        try:
+            return _rest.ask(self.url + path, payload, key=self.key)
+        except _rest.Refused:
+            raise
+        except (OSError, http.client.HTTPException):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(1)  # a dying server hangs up first
+                how = _programs.how_it_ended(status)
+                raise RuntimeError(f"llama-server {how} while answering.\n{self.log()}") from None
+            raise
 
     def complete(
         self,
@@ -199,8 +213,11 @@ class LlamaServer:
             stop: texts that end the answer (EOS always does).
             options: any other field of `/completion`.
         """
-        payload = {"prompt": prompt, "n_predict": max_tokens, "stop": list(stop)}
-        return self.post("/completion", GREEDY | payload | options)["content"]
+        if not isinstance(prompt, str) and any(isinstance(part, str) for part in prompt):
+            raise TypeError("prompt must be one text or its token ids: ask several in turn")
+        payload = {"prompt": prompt, "n_predict": whole_number("max_tokens", max_tokens)}
+        answer = self.post("/completion", GREEDY | payload | {"stop": list(stop)} | options)
+        return _whole_characters(answer["content"], answer["stop_type"] == "limit")
 
     def chat(self, messages: Messages, *, max_tokens: int = 64, **options: Any) -> str:
         """Answer a conversation greedily, through the chat template of the GGUF file.
@@ -208,11 +225,18 @@ class LlamaServer:
         Args:
             messages: dicts with 'role' and 'content'.
             max_tokens: at most so many new tokens.
-            options: any other field of `/v1/chat/completions`.
+            options: any other field of `/v1/chat/completions`. A thinking model's thoughts are
+                part of the answer; `reasoning_format="auto"` cuts them off.
+
+        Raises:
+            ValueError: for an answer without text: thoughts alone, or a call of a tool.
         """
-        payload = {"messages": list(messages), "max_tokens": max_tokens}
-        answer = self.post("/v1/chat/completions", GREEDY | payload | options)
-        return answer["choices"][0]["message"]["content"]
+        payload = {"messages": list(messages), "max_tokens": whole_number("max_tokens", max_tokens)}
+        asked = GREEDY | {"reasoning_format": "none"} | payload | options
+        choice = self.post("/v1/chat/completions", asked)["choices"][0]
+        return _whole_characters(
+            _rest.words(choice["message"]), choice["finish_reason"] == "length"
+        )
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -228,6 +252,11 @@ class LlamaServer:
     def apply_template(self, messages: Messages) -> str:
         """The prompt that `chat` would send: messages through the chat template."""
         return self.post("/apply-template", {"messages": list(messages)})["prompt"]
+
+
+def _whole_characters(text: str, cut: bool) -> str:
+    # An answer cut inside an emoji ends with the sign for bytes that are no character.
+    return text.rstrip("\ufffd") if cut else text
 
 
 def _free_port(port: int) -> int:
