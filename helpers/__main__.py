@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except notebooks.NotebookError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'Stopped.'}", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:

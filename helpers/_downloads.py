@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -33,9 +34,10 @@ def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bo
         bar.reset()
         pinned = f"{requirement} --hash=sha256:{checksum}"
         status, said = _download(pinned, folder, [*options, *extra], bar)
-        if status == 0:
+        arrived = next(folder.glob("*.tar.gz" if source else "*.whl"), None)
+        if status == 0 and arrived:
             bar.update(bar.total - bar.n)
-            return next(folder.glob("*.tar.gz" if source else "*.whl"))
+            return arrived
         if "DO NOT MATCH THE HASHES" not in said:
             break
     else:
@@ -50,8 +52,24 @@ def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bo
         raise OSError(errno.ENOSPC, words)
     raise OSError(
         f"pip could not fetch {requirement} ({bar.total / 1e6:.0f} MB, needed once). Check the "
-        f"connection and try again. pip says:\n{words}"
+        f"connection and try again. pip {how_it_ended(status)}; pip says:\n{words}"
     )
+
+
+def how_it_ended(status: int) -> str:
+    """A process's return code in words: a negative one is the signal that killed it."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    why = {
+        "SIGILL": ": it uses an instruction that this processor or virtual machine refuses",
+        "SIGKILL": ": most likely because memory ran out",
+        "SIGSEGV": ": a fault in the program, or a damaged file",
+    }.get(name, "")
+    return f"was killed by {name}{why}"
 
 
 def pip() -> list[str]:

@@ -43,6 +43,7 @@ _AT_START = re.compile(
     re.IGNORECASE,
 )
 _AT_END = re.compile(rf"(?<=[.!?])\s+(?:(?:\byes\b|\b{_SOUND})[\s,.!?]*)+$", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PUNCTUATION = re.compile(r"[^\w\s'-]|(?<!\w)['-]|['-](?!\w)")
 
 
@@ -92,7 +93,12 @@ def load_yoda(
     from datasets import Dataset
 
     if form == "columns":
-        return Dataset.from_list(rows)
+        try:
+            return Dataset.from_list(rows)
+        except (ValueError, TypeError) as error:  # Arrow's, of columns beside ours
+            raise ValueError(
+                f"source={str(source)!r}: a column must hold one kind of value in all rows: {error}"
+            ) from error
     answer = "translation_extra" if interjections else "translation"
     talks = []
     for row in rows:
@@ -142,6 +148,11 @@ def _held_out(sentence: str) -> bool:
     return digest[0] % 6 == 0
 
 
+def _is_text(value: object) -> bool:
+    """Not blank, and no half of an emoji, which no tokenizer would take."""
+    return isinstance(value, str) and bool(value.strip()) and not _SURROGATE.search(value)
+
+
 def _parse(text: str, where: str) -> list[dict[str, Any]]:
     rows = []
     # Not splitlines(): JSON strings may hold other line ends of Unicode as they are.
@@ -153,7 +164,7 @@ def _parse(text: str, where: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}, line {number}: not JSON ({error})") from error
         texts = row if isinstance(row, dict) else {}
-        missing = [c for c in COLUMNS if not isinstance(texts.get(c), str)]
+        missing = [c for c in COLUMNS if not _is_text(texts.get(c))]
         if missing:
             raise ValueError(
                 f"{where}, line {number}: no text in {', '.join(missing)}; every line is "

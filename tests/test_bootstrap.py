@@ -106,7 +106,7 @@ def pretend(monkeypatch, *, before, after, wanted=("probe==2",)):
     """`install_missing` with a pip that changes the versions of `before` into `after`."""
     versions = iter([before, after])
     calls = []
-    monkeypatch.setattr(places, "missing", lambda: list(wanted))
+    monkeypatch.setattr(places, "missing", lambda: [] if calls else list(wanted))
     monkeypatch.setattr(places, "_versions", lambda: next(versions))
     monkeypatch.setattr(places, "_pip_install", lambda *given: calls.append(given))
     owners = {"tqdm": ["tqdm"], "probe": ["probe"]}

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from helpers import data, evaluation, generation
+from helpers import data, evaluation
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_answers_are_cut_a_little_behind_the_longest_reference(embedded, tokeniz
 
     def watched(*arguments, **options):
         asked.append(options["max_new_tokens"])
-        return generation.generate(*arguments, **options)
+        return [""] * len(arguments[2])
 
     monkeypatch.setattr(evaluation, "generate", watched)
     rows = data.load_yoda("test").select(range(2))

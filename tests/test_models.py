@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import _embedded, _machine, models, runtime
 
@@ -55,9 +56,11 @@ def test_quantized_models_have_the_library_s_layers(quantization, kind, smallest
     assert smallest < model.get_memory_footprint() < largest
 
 
-def test_a_four_bit_model_can_be_trained_after_it_was_evaluated():
+def test_a_four_bit_model_can_be_trained_after_it_was_evaluated(tmp_path):
     # On AVX512-BF16 CPUs bitsandbytes would repack the weights for good at this forward.
-    model = models.load_model(models.EMBEDDED, quantization="nf4", device="cpu").eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 64}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    model = models.load_model(tmp_path, quantization="nf4", device="cpu").eval()
     inputs = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         before = model(inputs).logits

@@ -56,7 +56,7 @@ def test_start_makes_random_numbers_repeat():
 
 
 def test_start_refuses_a_seed_that_is_no_number():
-    with pytest.raises(TypeError, match="seed must be an int"):
+    with pytest.raises(TypeError, match="seed must be a whole number"):
         runtime.start("lucky")
 
 

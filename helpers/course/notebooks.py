@@ -6,13 +6,16 @@ under `outputs/`. What keeps the stored ones clean is in `tests/house.py`.
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from helpers import _files
+from helpers import _downloads, _files
 from helpers.course import places
 
 if TYPE_CHECKING:
+    from nbclient import NotebookClient
     from nbformat import NotebookNode
 
 CHAPTERS = (*(f"Chapter{number}" for number in range(7)), "AppendixB")
@@ -97,6 +100,7 @@ def run(name: str, *, progress: bool = True) -> Path:
 
     Raises:
         NotebookError: a cell failed, the kernel died, or nbclient is not installed.
+        KeyboardInterrupt: it was stopped; says where, and no kernel is left.
         ValueError: there is no notebook of that name.
 
     Example:
@@ -104,6 +108,7 @@ def run(name: str, *, progress: bool = True) -> Path:
     """
     path = find(name)
     try:
+        import ipykernel  # noqa: F401
         import nbclient  # noqa: F401
         import nbformat
     except ImportError as error:
@@ -120,16 +125,19 @@ def run(name: str, *, progress: bool = True) -> Path:
 
 def _execute(notebook: NotebookNode, path: Path, progress: bool) -> None:
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
     from tqdm.auto import tqdm
 
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     bar = tqdm(total=len(code), desc=path.stem, unit="cell", disable=not progress)
-    running = []
+    running: list[NotebookNode] = []
+    kernels: list[Any] = []
 
     def begin(cell, **_):
         bar.set_postfix_str(cell.source.strip().partition("\n")[0][:48])
         running.append(cell)
+        manager: Any = client.km
+        kernels.append(manager.provisioner.process)
 
     client = NotebookClient(
         notebook,
@@ -142,21 +150,70 @@ def _execute(notebook: NotebookNode, path: Path, progress: bool) -> None:
     )
     try:
         with bar:
-            client.execute()
+            _until_the_end(client)
     except CellExecutionError as error:
         source = "\n".join(f"    {line}" for line in running[-1].source.splitlines())
         why = f"failed.\n\n{source}\n\n{error.ename}: {error.evalue}"
-    except DeadKernelError:
-        why = (
-            "did not end: the kernel died, most likely because memory ran out. Close other "
-            "notebooks and programs, or take a machine with more, and run it again."
-        )
+    except RuntimeError as error:  # nbclient's, of a kernel that died or never began
+        ended = _downloads.how_it_ended(kernels[-1].wait()) if kernels else f"failed ({error})"
+        why = f"did not end: the kernel {ended}."
+        if "memory" in ended:
+            why += " Close other notebooks and programs, or take a machine with more."
     except CellTimeoutError:
         why = (
             f"ran for {CELL_SECONDS} seconds and was stopped: take a faster machine, or "
             "JupyterLab (`python -m helpers lab`), which knows no limit."
         )
+    except KeyboardInterrupt:
+        why = "was stopped; the notebook is as it was, and what had run is under outputs/."
+        raise KeyboardInterrupt(f"{path.name}: {_place(code, running)} {why}") from None
     else:
         return
-    number = next(n for n, cell in enumerate(code, 1) if cell is running[-1])
-    raise NotebookError(f"{path.name}: code cell {number} of {len(code)} {why}")
+    raise NotebookError(f"{path.name}: {_place(code, running)} {why}")
+
+
+def _place(code: list[NotebookNode], running: list[NotebookNode]) -> str:
+    number = next((n for n, cell in enumerate(code, 1) if running and cell is running[-1]), 0)
+    return f"code cell {number} of {len(code)}"
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Ctrl-C cancels the run, and nbclient ends its kernel in order.
+
+    Its own handler would pull the kernel from under the run, which ends in an AssertionError.
+    """
+
+    stopped = False
+
+    def add_signal_handler(self, sig: int, callback: object, *args: object) -> None:
+        run = asyncio.current_task()
+
+        def stop() -> None:
+            self.stopped = True
+            if run:
+                run.cancel()
+
+        super().add_signal_handler(sig, stop)
+
+
+def _until_the_end(client: NotebookClient) -> None:
+    """Execute; KeyboardInterrupt after Ctrl-C or a SIGTERM, with no kernel left."""
+    if _inside_a_loop():  # called from a notebook's cell
+        client.execute(stderr=subprocess.DEVNULL)
+        return
+    loop = _Loop()
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(client.async_execute(stderr=subprocess.DEVNULL))
+    except BaseException as error:
+        if loop.stopped:
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _inside_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -90,7 +90,7 @@ def _count_cards() -> int:
         return 0
     try:
         done = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):
         return 0
     return len(re.findall(r"^GPU \d", done.stdout, re.MULTILINE))
 
@@ -232,6 +232,12 @@ def install_missing() -> None:
     before = _versions()
     _pip_install(lacking, [f"{name}=={before[name]}" for name in UNTOUCHED if name in before])
     importlib.invalidate_caches()
+    if still := missing():
+        raise RuntimeError(
+            f"pip ended well, and {', '.join(still)} is still missing here: it installs for "
+            f"another Python than this kernel's, {sys.executable}. Restart the kernel; if that "
+            "changes nothing, install by hand."
+        )
     after, owners = _versions(), metadata.packages_distributions()
     loaded = {_normal(name) for top in owners if top in sys.modules for name in owners[top]}
     changed = {name for name in before if before[name] != after.get(name)}
@@ -259,7 +265,8 @@ def _pip_install(wanted: list[str], held: list[str]) -> None:
     if done.returncode != 0:
         last_words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise RuntimeError(
-            f"pip could not install {', '.join(wanted)}. If the network was away, run this "
+            f"pip could not install {', '.join(wanted)}: it "
+            f"{_downloads.how_it_ended(done.returncode)}. If the network was away, run this "
             f"cell again. pip says:\n{last_words}"
         )
 
