@@ -125,10 +125,17 @@ def measure_step(trainer: SFTTrainer, batch_size: int = 1) -> float:
 def _longest_rows(trainer: SFTTrainer) -> list[dict[str, Any]]:
     dataset = trainer.train_dataset
     if not dataset:
-        raise ValueError("trainer has no train_dataset to take rows from")
+        raise ValueError(
+            "trainer has no train_dataset to take rows from, or TRL left out all of its rows, as "
+            "it does where max_length cuts the answer off"
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("trainer.train_dataset streams: give a Dataset, whose longest rows show")
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    return [dataset[index] for index in order[:4096]]
+    # Of equally long rows, as max_length and packing make them, those with most to score first.
+    rows = [dataset[index] for index in order[:4096]]
+    return sorted(rows, key=lambda row: (-len(row["input_ids"]), row.get("labels", []).count(-100)))
 
 
 def _available(model: PreTrainedModel) -> int:

@@ -23,8 +23,8 @@ def simple_loop(
 
     Args:
         model: a causal language model of transformers, changed in place.
-        batches: dicts of input_ids, attention_mask and labels, each (rows, tokens); -100
-            where nothing is learned.
+        batches: dicts of labels, (rows, tokens) with -100 where nothing is learned, and of
+            what the model is called with: input_ids, attention_mask, position_ids, ...
         lr: AdamW's learning rate, at its highest.
         gradient_accumulation_steps: batches per update.
         lr_scheduler_type: a name that `transformers.get_scheduler` knows.
@@ -36,7 +36,7 @@ def simple_loop(
 
     Raises:
         ValueError: for float16 weights, whose small gradients would become zero without
-            a gradient scaler.
+            a gradient scaler, and for an update without a trained token.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,9 +50,9 @@ def simple_loop(
     """
     from transformers import get_scheduler
 
-    _refuse_float16(model)
     n = gradient_accumulation_steps
     groups = [batches[i : i + n] for i in range(0, len(batches), n)]
+    _check(model, groups)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     steps = warmup_steps, len(groups)
@@ -66,7 +66,7 @@ def simple_loop(
         tokens = (torch.cat(labels) != -100).sum()
         total = 0.0
         for batch, y in zip(group, labels, strict=True):
-            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            inputs = {k: x for k, x in batch.items() if k != "labels"}
             logits = model(**inputs, use_cache=False).logits[:, :-1].float()
             loss = cross_entropy(logits.flatten(0, 1), y, reduction="sum")
             (loss / tokens).backward()
@@ -79,9 +79,15 @@ def simple_loop(
     return losses
 
 
-def _refuse_float16(model: nn.Module) -> None:
+def _check(model: nn.Module, groups: list) -> None:
     if any(p.dtype == torch.float16 for p in model.parameters()):
         raise ValueError(
             "model holds float16 weights, which need a gradient scaler: load it with "
             "dtype='float32' (or 'bfloat16'), or train it with LeanSFTTrainer and fp16=True"
         )
+    for update, group in enumerate(groups, 1):
+        if all((batch["labels"][:, 1:] == -100).all() for batch in group):
+            raise ValueError(
+                f"batches of update {update} have no trained token (all labels are -100), and a "
+                "loss of 0 / 0 would make every weight NaN: leave them out"
+            )

@@ -6,13 +6,8 @@ script. This writes the files, from the very objects the notebook trained with.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
@@ -24,7 +19,8 @@ import yaml
 
 from helpers._checks import one_of, whole_number
 from helpers._files import atomic_path
-from helpers._report import Shown
+from helpers._report import Shown, shorten
+from helpers.training._running import check_cards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-__all__ = ["Recipe", "export_recipe", "run_recipe"]
+__all__ = ["Recipe", "export_recipe"]
 
 # How `accelerate` and `trl sft` call what is chosen here.
 _WORDS = json.loads(Path(__file__).with_name("recipes.json").read_text(encoding="utf-8"))
@@ -91,7 +87,7 @@ def export_recipe(
         ValueError: for choices that contradict each other, settings that the files cannot
             say, and more processes than this machine has GPUs (for another machine, write
             with CUDA_VISIBLE_DEVICES="").
-        TypeError: when `processes` is no whole number.
+        TypeError: for arguments of another type, such as a loaded model or a DPOConfig.
 
     Example:
         >>> export_recipe(
@@ -101,9 +97,10 @@ def export_recipe(
         recipe: accelerate.yaml, recipe.yaml, train.jsonl
         python -m accelerate.commands.launch --config_file recipe/accelerate.yaml -m ...
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), str(dtype).removeprefix("torch.")
+    _check_types(model, args, dataset, lora)
     _check(folder, args, lora, quantization, backend, processes)
-    dtype = str(dtype).removeprefix("torch.")
+    one_of("dtype", dtype, ["float32", "bfloat16", "float16"] + ["auto"] * (quantization is None))
     recipe = {
         "model_name_or_path": str(model),
         "dtype": dtype,
@@ -111,17 +108,19 @@ def export_recipe(
         "output_dir": str(folder / "trained"),
         "per_device_train_batch_size": args.per_device_train_batch_size // processes,
     }
+    files = {}
+    if tokenizer is not None:
+        _check_tokens(model, tokenizer)
+        recipe |= {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+        if tokenizer.chat_template:
+            files["chat_template.jinja"] = tokenizer.get_chat_template()
+            recipe["chat_template_path"] = str(folder / "chat_template.jinja")
+    # What args say of tokens and template goes over the tokenizer's, as in SFTTrainer.
     recipe |= _arguments(args) | (_adapter(lora) if lora else {})
     if quantization:
         recipe |= _WORDS["quantization"][quantization]
     if quantization in ("fp4", "nf4") and backend == "fsdp2":  # cuts shards of one type
         recipe["bnb_4bit_quant_storage"] = dtype
-    files = {}
-    if tokenizer is not None:
-        recipe |= {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
-        if tokenizer.chat_template:
-            files["chat_template.jinja"] = tokenizer.chat_template
-            recipe["chat_template_path"] = str(folder / "chat_template.jinja")
     launch = _launch(backend, processes, args)
     for name, content in (("recipe.yaml", recipe), ("accelerate.yaml", launch)):
         files[name] = yaml.safe_dump(content, sort_keys=False)
@@ -139,103 +138,6 @@ def export_recipe(
     return Recipe(folder, ["python", *launcher, str(folder / "accelerate.yaml"), *train], note)
 
 
-def run_recipe(
-    recipe: Recipe, *, threads: int = 1, limit_s: float = 1800, leave_s: float = 60
-) -> list[float]:
-    """Run a recipe's command and wait for it (Chapter 5).
-
-    Args:
-        recipe: what `export_recipe` returned.
-        threads: CPU threads for each process.
-        limit_s: after so many seconds it is stopped.
-        leave_s: after training, its processes are stopped when nothing was written for so
-            many seconds: PyTorch 2.13's gloo can wait for itself for good at the end.
-
-    Returns:
-        The losses it logged.
-
-    Raises:
-        ValueError: when its files want more GPUs than there are here.
-        RuntimeError: when it fails, with the end of its output.
-        TimeoutError: at the limit.
-
-    Example:
-        >>> run_recipe(recipe, threads=2)  # doctest: +SKIP
-        [3.023, 2.256, 1.61]
-    """
-    environment = _environment(recipe.folder) | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, *recipe.command[1:]]  # this Python, whatever `python` is
-    with open(recipe.folder / "log.txt", "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    deadline = time.monotonic() + limit_s
-    try:
-        while (status := process.poll()) is None and not _is_left(recipe.folder, leave_s):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"stopped after limit_s={limit_s} seconds: {_end(recipe)}")
-            time.sleep(0.2)
-    finally:
-        _stop(process)
-    if status:
-        raise RuntimeError(f"failed with status {status}: {_end(recipe)}")
-    # `trl sft` leaves a trainer_state.json only where it saves checkpoints.
-    return [float(x) for x in re.findall(r"'loss': '?([^',}]+)", _output(recipe.folder))]
-
-
-def _output(folder: Path) -> str:
-    return (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-
-
-def _end(recipe: Recipe) -> str:
-    said = _output(recipe.folder)[-1500:]
-    return f"{' '.join(recipe.command)}\n{recipe.folder / 'log.txt'} ends with:\n{said}"
-
-
-def _is_left(folder: Path, seconds: float) -> bool:
-    """Whether training has ended and for so long nothing in the folder was written."""
-    last = max(path.stat().st_mtime for path in folder.rglob("*"))
-    return time.time() - last > seconds and "'train_runtime'" in _output(folder)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End a process that may still run, and all that it started (in sessions of their own)."""
-    import psutil
-
-    if process.poll() is None:
-        parent = psutil.Process(process.pid)
-        for each in (parent, *parent.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait()
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """The variables of a run, after a look at what its files want of this machine."""
-    # From the files, which a reader may have changed; each of them can say CPU.
-    settings, launch = (
-        yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-        for name in ("recipe.yaml", "accelerate.yaml")
-    )
-    processes, use_cpu = launch["num_processes"], settings.get("use_cpu") or launch["use_cpu"]
-    cards = torch.cuda.device_count()
-    _check_cards(processes, use_cpu, cards)
-    environment = dict(os.environ)
-    if processes == 1 and cards > 1:  # or TRL refuses nn.DataParallel
-        first = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        environment["CUDA_VISIBLE_DEVICES"] = first
-    return environment
-
-
-def _check_cards(processes: int, use_cpu: bool, cards: int) -> None:
-    # NCCL stops two processes on one card, with words that do not say so.
-    if processes > 1 and not use_cpu and processes > cards:
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown} shows no more)"
-        raise ValueError(
-            f"processes={processes} with use_cpu=False needs {processes} GPUs, and torch sees "
-            f"{cards}{why}; use fewer, or SFTConfig(use_cpu=True), or another machine"
-        )
-
-
 def _check(
     folder: Path, args: SFTConfig, lora: Any, quantization: str | None, backend: str, processes: int
 ) -> None:
@@ -247,6 +149,12 @@ def _check(
         raise ValueError(f"folder={str(folder)!r} exists; choose a new one or remove it")
     if backend == "single" and processes > 1:
         raise ValueError(f"backend='single' is one process, not {processes}; use 'ddp' or 'fsdp2'")
+    if args.eval_strategy != "no" or args.eval_on_start:
+        raise ValueError(
+            f"args.eval_strategy={str(args.eval_strategy)!r} and eval_on_start="
+            f"{args.eval_on_start} need held-out rows, and a recipe has those for training only: "
+            "use 'no' and False, and judge the trained model afterwards"
+        )
     if batch % processes:
         raise ValueError(f"processes={processes} cannot share a batch of {batch} rows equally")
     if quantization and lora is None:
@@ -257,7 +165,43 @@ def _check(
             "scaler does not take; use bf16=True where a card has it, or LeanSFTTrainer"
         )
     if cards := torch.cuda.device_count():  # where there is none, it is for another machine
-        _check_cards(processes, args.use_cpu, cards)
+        check_cards(processes, args.use_cpu, cards)
+
+
+def _check_types(model: Any, args: Any, dataset: Any, lora: Any) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    # Subclasses are refused too: `trl sft` reads no further fields, and says nothing of it.
+    for name, value, wanted, said in (
+        ("model", model, (str, type(Path())), "a Hub id or a folder"),
+        ("args", args, (SFTConfig,), "an SFTConfig"),
+        ("dataset", dataset, (Dataset,), "a datasets.Dataset"),
+        ("lora", lora, (LoraConfig, type(None)), "a LoraConfig or None"),
+    ):
+        if type(value) not in wanted:
+            raise TypeError(f"{name} must be {said} for `trl sft`, not {type(value).__name__}")
+
+
+def _check_tokens(model: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens that were added: `trl sft` loads the tokenizer that lies by the model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    text = ""
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        path: Any = Path(model, name)
+        if not Path(model).is_dir() and str(model).count("/") < 2:
+            path = try_to_load_from_cache(str(model), name)
+        if isinstance(path, str | Path) and Path(path).is_file():
+            text += Path(path).read_text(encoding="utf-8")
+    added = tokenizer.get_added_vocab() if text else ()  # else there is nothing to compare with
+    if unknown := [t for t in added if json.dumps(t, ensure_ascii=False) not in text]:
+        raise ValueError(
+            f"tokenizer has tokens that model={str(model)!r} lacks ({', '.join(unknown)}), and "
+            "`trl sft` loads the model's own: save model and tokenizer, after "
+            "chat.prepare_model, to a folder, and give that as model"
+        )
 
 
 def _arguments(args: SFTConfig) -> dict[str, Any]:
@@ -268,12 +212,29 @@ def _arguments(args: SFTConfig) -> dict[str, Any]:
     # Decided by the machine or the folder, of no use in a file, or an old name.
     left_out = _WORDS["arguments left out"]
     for name, value in _changed(args):
-        if name in left_out or value in ([], {}, AcceleratorConfig()):
+        # Of lists SFTConfig notes the default, "" or "none", as an empty one.
+        empty = name in _WORDS["arguments that are lists"] and not value
+        if name in left_out or empty or value == AcceleratorConfig():
             continue
-        if not isinstance(value, str | int | float | bool | None | list | dict):
-            raise ValueError(f"args.{name}={value!r} cannot be written into a file")
-        found[name] = value
+        found[name] = _plain(f"args.{name}", value)
+    if args.push_to_hub and args.hub_model_id is None:  # else it goes by the folder's name
+        found["hub_model_id"] = Path(args.output_dir or "trainer_output").absolute().name
     return found
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as YAML says it; ValueError by name where it has no words for it."""
+    if isinstance(value, list | tuple | set | frozenset):
+        value = [x.value if isinstance(x, Enum) else x for x in value]
+    value = value.value if isinstance(value, Enum) else value
+    try:
+        yaml.safe_dump(value)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"{name}={shorten(repr(value))} cannot be written into a file: give plain numbers, "
+            "text, lists and dicts of them"
+        ) from None
+    return value
 
 
 def _changed(config: SFTConfig | LoraConfig) -> Iterator[tuple[str, Any]]:
@@ -294,14 +255,16 @@ def _adapter(lora: LoraConfig) -> dict[str, Any]:
             f"lora has {', '.join(unsaid)}, which `trl sft` has no setting for: the recipe "
             "would train another model. Leave it out, or train with a script of your own"
         )
-    chosen = {theirs: getattr(lora, name) for name, theirs in _WORDS["lora"].items()}
-    targets = lora.target_modules
-    if targets and not isinstance(targets, str):
+    chosen = {
+        theirs: _plain(f"lora.{name}", getattr(lora, name))
+        for name, theirs in _WORDS["lora"].items()
+    }
+    if isinstance(lora.target_modules, str):
+        chosen["lora_target_modules"] = [lora.target_modules]
+    elif lora.target_modules:
         # TRL takes a list of one for a pattern that must match a module's whole name.
-        alone = [rf"(.*\.)?{re.escape(name)}" for name in targets]
-        chosen["lora_target_modules"] = alone if len(alone) == 1 else sorted(targets)
-    elif targets:
-        chosen["lora_target_modules"] = [targets]
+        alone = [rf"(.*\.)?{re.escape(name)}" for name in lora.target_modules]
+        chosen["lora_target_modules"] = alone if len(alone) == 1 else sorted(lora.target_modules)
     return {"use_peft": True} | {n: value for n, value in chosen.items() if value is not None}
 
 
