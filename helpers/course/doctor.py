@@ -222,6 +222,7 @@ class Symptom(Shown):
     cause: str
     cure: str
     error: str = ""
+    where: str = ""
     words: str = ""
     proof: tuple[str, str] | None = None
     origin: str = "library"
@@ -245,9 +246,9 @@ def _read_symptoms() -> Iterator[tuple[str, list[Symptom]]]:
     for section in tomllib.loads(text).values():
         title, entries = section.pop("title"), []
         for name, fields in section.items():
-            for key in fields.keys() & {"error", "words"}:
-                if isinstance(fields[key], list):
-                    fields[key] = "|".join(fields[key])
+            for key in fields.keys() & {"error", "words", "where"}:
+                found = [fields[key]] if isinstance(fields[key], str) else fields[key]
+                fields[key] = re.sub("[`'\"]", "", "|".join(found))  # as in `_plain`
             proof = tuple(fields.pop("proof", ())) or None
             entries.append(Symptom(name, proof=proof, **fields))
         yield title, entries
@@ -285,35 +286,56 @@ def explain(error: BaseException | str | None = None) -> Symptom:
     if error is None and (error := getattr(sys, "last_value", None)) is None:
         raise ValueError("error=None means the last exception, and there has been none")
     if isinstance(error, BaseException):
-        messages = _messages(error)
-    elif isinstance(error, str):
-        messages = _messages_in(error)
-    else:
+        error = "".join(traceback.format_exception(error))
+    elif not isinstance(error, str):
         raise TypeError(f"error must be an exception or a text, not {type(error).__name__}")
-    for message in messages or [str(error)]:  # no exception's line in it: a message alone?
+    text = _plain(error)
+    raised = _raised(text)
+    for message in raised or [text]:  # a text without an exception: all of it
+        line, cut = _in_a_line(message), message.replace("\n", "")  # inside a word, too
         for symptom in SYMPTOMS.values():
-            if symptom.error and re.search(symptom.error, message):
+            said = _says(symptom.error, line) or _says(symptom.error, cut)
+            if said and _says(symptom.where or "^", text):
                 return symptom
+    line = _in_a_line(text)
     for symptom in SYMPTOMS.values():
-        if not messages and symptom.words and re.search(symptom.words, str(error), re.I):
+        described = not raised and len(line) < 400 and _says(symptom.words, line)
+        if described or line == _in_a_line(_plain(symptom.title)):
             return symptom
     return UNKNOWN
 
 
-def _messages(error: BaseException | None) -> list[str]:
-    # The error itself first, then what it was raised from.
-    found: list[str] = []
-    while error is not None and len(found) < 9:
-        found.append("".join(traceback.format_exception_only(error)).strip())
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found
+# What is put around a message on its way here: a frame, torchrun's process, Markdown's and
+# pytest's marks. And quotes, which everybody draws differently.
+AROUND = re.compile(
+    r"""\x1b\[[\d;]*[A-Za-z] | [`'"“”‘’„*°\\] | [ \t]*[│┃|╮╯]+[ \t]*$
+    | ^[ \t]*(?:(?:[>│┃|╭╰─]+|\[(?:rank|default)\d+\]:|E(?=[ ]{3}))[ \t]?)+""",
+    re.I | re.M | re.X,
+)
+# An exception's line, unless it is one of the source lines that Jupyter and rich show around
+# a call, or only says that another process failed.
+START = re.compile(
+    r"""^(?!.*\bexcept\b | [ \t]*(?:❱|-+>)?[ \t]*\d+[ \t])
+    (?=(?:.{0,80}?[^\w.])?(?![\w.]*(?:CalledProcess|ChildFailed))
+    [\w.]*(?:Error|Exception|Interrupt|Needed|Expired)(?::|[ \t]*$))""",
+    re.M | re.X,
+)
+STOP = re.compile(r"^(?:The above exception|During handling)|^.*Traceback \(most", re.M)
 
 
-def _messages_in(text: str) -> list[str]:
-    # "package.SomeError: message", at the beginning of a line, down to the next traceback.
-    # Without a terminal's colors, and without "[rank0]: " as torchrun's processes write.
-    text = re.sub(r"\x1b\[[\d;]*m|(?m:^\[rank\d+\]: ?)", "", text)
-    start = r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Needed|Expired)\b:?"
-    pieces = re.split(rf"(?m)(?={start})", text)[1:]
-    stop = r"\n\s*\n(?:The above exception|During handling)|\nTraceback "
-    return [re.split(stop, piece)[0].strip() for piece in reversed(pieces)]
+def _says(pattern: str, text: str) -> bool:
+    return bool(pattern and re.search(pattern, text, re.I))
+
+
+def _plain(text: str) -> str:
+    return AROUND.sub("", "\n".join(text.splitlines())).strip()
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _raised(text: str) -> list[str]:
+    # "package.SomeError: message", down to the next traceback. The last one first: it is the
+    # error itself, those before it are what it was raised from.
+    return [STOP.split(piece)[0] for piece in reversed(START.split(text)[1:])]
