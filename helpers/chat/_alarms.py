@@ -132,7 +132,7 @@ class Sample:
         token = f"token {self.tokens[start].index} ({self.tokens[start].text!r})"
         if self._answer_starts(begin, second):
             if other := self._between_answers(said):
-                yield "prompt_trained", f"trains {other} between two answers."
+                yield "prompt_trained", f"trains {other}."
         elif start == 0 and not any(mark in said for mark in self.headers):
             yield "truncated", "starts in the middle of an answer."
         elif self._inside_answer(begin) and not self._answer_starts(second, finish):
@@ -149,11 +149,11 @@ class Sample:
     def _between_answers(self, said: bytes) -> str:
         """What a run that begins with an answer trains before another one; "" if nothing."""
         format = self.format
-        if format.tool and format.tool in said:
-            return "a tool's result"
+        if format.tool and format.tool != format.between and format.tool in said:
+            return "a tool's result, which is for the model to read, not to write"
         _, found, rest = said.partition(format.between)
         if found and format.between and format.header in rest:
-            return "a question"
+            return "a question between two answers"
         # Any other role (a system message, an observation): a turn that is not an answer's.
         pairs = zip(format.header, format.question, strict=False)
         opening = bytes(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -162,7 +162,7 @@ class Sample:
             said = said.split(format.turn_end, 1)[1]
             turn = said.lstrip()
             if turn.startswith(opening) and not turn.startswith(answers) and format.header in turn:
-                return "another role's turn"
+                return "another role's turn between two answers"
         return ""
 
     def _check_stop(self) -> Alarms:
@@ -178,11 +178,11 @@ class Sample:
             return  # only the model could tell
         elif not any(stop in end for stop in self.stops or [eos or "\0"] for end in ends):
             known = ends[-1] in self.tokenizer.get_added_vocab()
-            cure = f"set tokenizer.eos_token = {ends[-1]!r}, then run chat.prepare_model"
+            cure = f"Set tokenizer.eos_token = {ends[-1]!r}, then run chat.prepare_model"
             yield (
                 "end_of_turn_not_stop",
                 f"ends its answers with {ends[-1]!r}, which is no stop token (EOS is {eos!r}): the "
-                f"model will talk on: {cure if known else 'take chat.choose_template(tokenizer)'}.",
+                f"model will talk on. {cure if known else 'Take chat.choose_template(tokenizer)'}.",
             )
 
     def _answer_starts(self, begin: int, end: int) -> bool:

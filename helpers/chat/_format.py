@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from helpers.chat._messages import REJECTIONS
 from helpers.chat._tokens import squeeze, token_bytes, unfence
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _renderer(tokenizer: Tokenizer, template: str) -> Render:
 
 def _probe(render: Render) -> tuple[str, list[tuple[int, int]], str, str]:
     """Two turns and their marked spans, and the first question without and with a prompt."""
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
 
     failure = ""
     for parts in (False, True):  # vision templates take content as a list of parts
@@ -174,7 +175,7 @@ def _probe(render: Render) -> tuple[str, list[tuple[int, int]], str, str]:
             prompt, _ = render(chat[:1], prompt=True)
         except TemplateSyntaxError as error:
             failure = f"does not compile: {error.message} (line {error.lineno})"
-        except (TemplateError, TypeError, KeyError) as error:
+        except REJECTIONS as error:
             failure = f"fails with {type(error).__name__}: {error}"
         else:
             if all(name in full for name in _NAMES):
@@ -192,8 +193,6 @@ def _probe_tools(render: Render, turn_end: str) -> tuple[str, str, str]:
     Empty where the template knows no tools. A call is tried first: it may end otherwise
     than an answer does, and only where calls are not written an answer stands in for it.
     """
-    from jinja2 import TemplateError
-
     question, said, result, answer = _NAMES
     call = {"type": "function", "function": {"name": _TOOL, "arguments": {"a": said}}}
     asks: tuple[dict[str, Any], ...] = ({"content": "", "tool_calls": [call]}, {"content": said})
@@ -205,7 +204,7 @@ def _probe_tools(render: Render, turn_end: str) -> tuple[str, str, str]:
             message["content"] = [{"type": "text", "text": message["content"]}]
         try:
             text, spans = render(talk)
-        except (TemplateError, TypeError, KeyError):
+        except REJECTIONS:
             continue
         at = [text.find(name) for name in (said, result, answer)]
         if not -1 < at[0] < at[1] < at[2]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-Render: TypeAlias = Callable[[list[Any]], str]
+Render: TypeAlias = Callable[[Messages], str]
+Marks: TypeAlias = dict[str, tuple[str, str]]  # mark: whose text it marks, and what that says
 
 REJECTIONS = (TemplateError, TypeError, KeyError, AttributeError, IndexError)
 # What labels a message or a part of one; no template has to write it.
@@ -23,32 +25,54 @@ _TAG = re.compile(r"(<[^<>\s]*>)")  # templates split contents at tags such as <
 _TWICE = re.compile(r"<think>\s*</think>\s*<think>")
 
 
-def find_lost(messages: Messages, render: Render) -> str:
-    """Which text of which message the template loses, in words; "" if all of it is there.
+def check_messages(
+    tokenizer: Tokenizer, messages: Messages, render: Render
+) -> Iterator[tuple[str, str]]:
+    """(code, sentence) for a text that the template leaves out, and for one it misreads.
 
     Each text gets letters of its own and is looked for by these: so one that stands elsewhere
     too is not missed, and one that is trimmed or escaped is not taken for lost.
     """
-    marks: dict[str, tuple[str, str]] = {}
+    text, marks = render(messages), Marks()
     marked = [_mark(message, f"messages[{i}]", marks) for i, message in enumerate(messages)]
-    text = render(list(messages))
     try:
         seen = render(marked).lower()
     except REJECTIONS:  # a template that reads contents, and cannot read these
-        seen = text + "".join(mark for mark, (_, said) in marks.items() if said in text)
-    for mark, (path, said) in marks.items():
-        if mark not in seen:
-            return f"{path} says {shorten(said, 60)!r}, which the template leaves out of its text"
-    if _TWICE.search(text):
-        at = next((i for i, m in enumerate(messages) if "<think>" in str(m.get("content"))), 0)
-        return (
-            f"messages[{at}]['content'] brings its own <think>, and the template writes an empty "
-            "one before it: 'reasoning_content' is the field for thoughts"
+        seen = "".join(mark for mark, (_, said) in marks.items() if said in text)
+    contents = [str(message.get("content") or "") for message in messages]
+    for at, said in (found for mark, found in marks.items() if mark not in seen):
+        yield (
+            "message_lost",
+            f"{at} says {shorten(said, 60)!r}, which the template leaves out: the model would "
+            "never see it. Use a template that writes it, put it into 'content', or take it out",
         )
-    return ""
+    for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
+        if "<think>" in content and _TWICE.search(text):
+            yield (
+                "message_lost",
+                f"messages[{i}]['content'] brings its own <think>, and the template writes an "
+                "empty one before it. Give the thoughts as 'reasoning_content'",
+            )
+        for call in message.get("tool_calls") or ():
+            given = call.get("function", call).get("arguments")
+            if isinstance(given, str) and json.dumps(given, ensure_ascii=False) in text:
+                yield (
+                    "message_lost",
+                    f"messages[{i}]['tool_calls'] has its arguments as a string, which the "
+                    "template quotes once more. Give a mapping: json.loads(arguments)",
+                )
+    for token in filter(lambda token: token.special, tokenizer.added_tokens_decoder.values()):
+        word = token.content
+        if word == tokenizer.eos_token or text.count(word) > sum(c.count(word) for c in contents):
+            for i in (i for i, content in enumerate(contents) if word in content):
+                yield (
+                    "control_in_text",
+                    f"messages[{i}]['content'] spells {word!r}, which becomes that very token: for "
+                    "the model a turn begins or ends there. Clean or respell such texts",
+                )
 
 
-def _mark(value: Any, path: str, marks: dict[str, tuple[str, str]]) -> Any:
+def _mark(value: Any, path: str, marks: Marks) -> Any:
     """The value, a mark in each of its texts; None and labels stay as they are."""
     if isinstance(value, Mapping):
         # A result finds its tool by order; the name of a person tells who speaks.
@@ -68,21 +92,6 @@ def _mark(value: Any, path: str, marks: dict[str, tuple[str, str]]) -> Any:
     return "".join(pieces)
 
 
-def find_controls(tokenizer: Tokenizer, messages: Messages, text: str) -> str:
-    """Which message spells a token with which the template marks its turns, in words."""
-    said = [str(message.get("content") or "") for message in messages]
-    for token in tokenizer.added_tokens_decoder.values():
-        word = token.content
-        if token.special and sum(s.count(word) for s in said) < text.count(word):
-            for i, content in enumerate(said):
-                if word in content:
-                    return (
-                        f"messages[{i}]['content'] spells {word!r}, which becomes that very "
-                        "token: for the model a turn begins or ends there"
-                    )
-    return ""
-
-
 def find_wrong(messages: Messages, render: Render, error: Exception) -> str:
     """Which message a template rejects with `error`, in words; "" if no single one."""
     for i, message in enumerate(messages):
@@ -90,7 +99,7 @@ def find_wrong(messages: Messages, render: Render, error: Exception) -> str:
             if key not in message and not (key == "content" and message.get("tool_calls")):
                 return f"messages[{i}] has no {key!r} but {', '.join(map(repr, message))}"
         try:
-            render(list(messages[: i + 1]))
+            render(messages[: i + 1])
         except REJECTIONS as found:
             if str(found) == str(error):
                 said = shorten(repr(message.get("content")), 40)

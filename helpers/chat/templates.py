@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.chat._messages import REJECTIONS, find_controls, find_lost, find_wrong
+from helpers.chat._messages import REJECTIONS, check_messages, find_wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -130,9 +131,7 @@ def encode_chat(
             "get_training_chat_template(tokenizer) returns."
         )
 
-    def render(some: list[Any]) -> str:
-        return str(tokenizer.apply_chat_template(some, chat_template=template, tokenize=False))
-
+    render: Any = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     talk: list[Any] = list(messages)
     for i, given in enumerate(talk or [None]):
         if not isinstance(given, Mapping):
@@ -154,13 +153,10 @@ def encode_chat(
             f"the template rejects {which}: {error}. Each message needs 'role' and "
             "'content', and the roles and their order must be ones the template knows."
         ) from error
-    if lost := find_lost(talk, render):
-        raise ValueError(
-            f"{lost}: the model would never see it. Use a template that writes it, put it into "
-            "the 'content', or take it out of the message."
-        )
-    if spelled := find_controls(tokenizer, talk, render(talk)):
-        warnings.warn(f"{spelled}. Clean or respell such texts.", stacklevel=2)
+    for code, found in check_messages(tokenizer, talk, render):
+        if code == "message_lost":
+            raise ValueError(f"{found}.")
+        warnings.warn(f"{found}.", stacklevel=2)
     said = zip(row["input_ids"], row["assistant_masks"], strict=True)
     labels = [token if kept else -100 for token, kept in said]
     return {"input_ids": list(row["input_ids"]), "labels": labels}

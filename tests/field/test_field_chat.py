@@ -206,6 +206,8 @@ def test_kept_templates_whose_last_end_is_eos(tokenizer, name, eos):
 # ------------------------------------------------------------- what a message holds
 
 CALLED = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, TOOL, ANSWER]
+STRING = {"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+QUOTED = {"role": "assistant", "content": "", "tool_calls": [STRING]}
 THOUGHT = [USER, {**ANSWER, "reasoning_content": "Oslo lies far north."}]
 LOST_CALL = r"messages\[1\]\['tool_calls'\]\[0\]\['function'\]\['name'\] says 'weather'"
 LOST_THOUGHT = r"messages\[1\]\['reasoning_content'\] says 'Oslo lies far north\.'"
@@ -223,6 +225,7 @@ LOST_THOUGHT = r"messages\[1\]\['reasoning_content'\] says 'Oslo lies far north\
         *[(THOUGHT, name, LOST_THOUGHT) for name in (None, "qwen2_5", "lfm2", "phi3", "llama3")],
         *[(THOUGHT, name, LOST_THOUGHT) for name in ("gemma", "deepseek_r1_distill")],
         ([USER, {**ANSWER, "function_call": {"name": "weather"}}], None, "'function_call'"),
+        ([USER, QUOTED, TOOL, ANSWER], "qwen2_5", r"messages\[1\].* quotes once more"),
         ([USER, {**ANSWER, "refusal": "Never."}], "qwen2_5", r"messages\[1\]\['refusal'\]"),
         ([USER, {**ANSWER, "content": "<think>I see</think>Cold."}], "deepseekv3", "'I see'"),
     ],
@@ -407,14 +410,14 @@ def test_kept_our_template_where_the_prompt_is_the_same(tokenizer):
 
 @pytest.mark.field("own", "eight rows of 3,520 tokens; a row of 118,000; a hundred rows")
 def test_refused_to_write_megabytes_into_a_notebook(ours):
-    row = chat.encode_chat(ours, [USER, {**ANSWER, "content": "A long answer. " * 900}])
+    row = chat.encode_chat(ours, [USER, {**ANSWER, "content": "A long answer. " * 300}])
     count = len(row["input_ids"])
     view = chat.mask_view(ours, [row["input_ids"]] * 12, [row["labels"]] * 12)
     for shown in (str(view), view._repr_html_()):
         assert len(shown) < 500_000 and f"{count - 300:,} tokens not shown" in shown
         assert "4 more rows" in shown and "characters not shown" in shown
         assert shown.count("How") == 8 and "no problems found" in shown
-    assert len(view.tokens) == 12 * count and len(view.learned[0][0]) > 13_000
+    assert len(view.tokens) == 12 * count and len(view.learned[0][0]) > 4_000
     many = chat.encode_chat(ours, [USER, ANSWER] * 90)
     text = str(chat.mask_view(ours, many))
     assert "and 78 more texts" in text and text.startswith("row 0")
