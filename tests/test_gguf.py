@@ -111,6 +111,7 @@ def test_an_adapter_or_a_quantized_model_is_sent_elsewhere(folder, tmp_path):
         gguf.convert_model(tmp_path / "q", tmp_path / "out.gguf")
 
 
+@pytest.mark.slow  # the fast ones of tests/field put a script in the converter's place
 def test_a_failing_converter_is_quoted_and_leaves_nothing(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": "one"}

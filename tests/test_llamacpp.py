@@ -199,7 +199,8 @@ def test_too_little_space_is_said_first(cache, source, monkeypatch):
 
 # ── a processor that refuses what it lists ───────────────────────────────────────────────
 SIGILL = "kill -ILL $$"
-NEEDS_PLAIN = f'case "$*" in *--no-repack*) exit 0;; *) {SIGILL};; esac'
+COMPUTES = f"echo 'Final estimate: {_trial.ANSWER}'"
+NEEDS_PLAIN = f'case "$*" in *--no-repack*) {COMPUTES};; *) {SIGILL};; esac'
 
 
 def stand_in(folder, does):
@@ -217,7 +218,8 @@ def stand_in(folder, does):
 @pytest.mark.parametrize(
     ("does", "options", "words"),
     [
-        ("exit 0", [], ""),
+        (COMPUTES, [], ""),
+        ("exit 0", [], r"did not compute on a tiny file: it ended with status 0"),
         (NEEDS_PLAIN, ["--no-repack"], r"killed by SIGILL: .*started with --no-repack"),
         (SIGILL, None, r"does not compute on this machine: it was killed by SIGILL"),
         (
@@ -255,7 +257,7 @@ def test_your_own_programs_are_started_plainly_or_refused_in_words(
     monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "dead", SIGILL)))
     with pytest.raises(OSError, match=rf"killed by SIGILL.*{llamacpp.VARIABLE}"):
         llamacpp.options("llama-server")
-    monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "well", "exit 0")))
+    monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "well", COMPUTES)))
     assert llamacpp.options("llama-server") == [] and llamacpp.trouble() is None
 
 

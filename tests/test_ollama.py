@@ -77,8 +77,8 @@ def test_templates_that_go_cannot_say_are_refused(template):
 
 
 def test_a_bad_parameter_is_named():
-    with pytest.raises(TypeError, match=r"parameters\['stop'\]"):
-        serving.ollama_modelfile(tokenizer("chatml"), "x", parameters={"stop": ["a"]})
+    with pytest.raises(TypeError, match=r"parameters\['seed'\]"):
+        serving.ollama_modelfile(tokenizer("chatml"), "x", parameters={"seed": None})
 
 
 # ── the client, against a server that records what it is asked ───────────────────────────
