@@ -121,22 +121,24 @@ GRID = list(
 )
 
 
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TINY)
 def test_fake_equals_real_to_the_byte(kind, attention, part):
-    """Half of eager's grid (an even number of choices on) is fast, the rest slow."""
-    for checkpointing, lora, dtype, accumulation in GRID:
-        on = checkpointing + (lora is not None) + (dtype == torch.bfloat16) + accumulation
-        if on % 2 != part:
+    """A third of eager's grid is fast, the rest slow; on the meta device, and on fakes too."""
+    config = _configs.config_with(TINY[kind], 2)
+    for number, (checkpointing, lora, dtype, accumulation) in enumerate(GRID):
+        if number % 3 != part:
             continue
         run = cpu_choices(
             gradient_checkpointing=checkpointing, lora=lora, dtype=dtype,
             gradient_accumulation=accumulation, attention=attention,
         )  # fmt: skip
-        real = real_peak(TINY[kind], run)
-        full = _step.trace(TINY[kind], run).peak()[0]
-        assert full == real, run
+        real = real_peak(config, run)
+        if attention == "eager":  # as every prediction for a card is made; SDPA is CUDA's there
+            assert _step._trace(config, run, meta=True).peak()[0] == real, run
+        if attention == "sdpa" or part:
+            assert _step.trace(config, run).peak()[0] == real, run
 
 
 @pytest.mark.parametrize("lora", [None, 4])
@@ -160,16 +162,12 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
 @pytest.mark.parametrize("kind", TINY)
 def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
-    layers = 8
+    layers = 7
     config = _configs.config_with(TINY[kind], layers)
-    for lora, quantization, kernels in [
-        (None, None, "cpu"),
-        (4, "nf4", "cuda"),
-        (4, "int8", "cuda"),
-    ]:
+    for lora, quantization in [(None, None), (4, "nf4"), (4, "int8")]:
         run = cpu_choices(
             gradient_checkpointing=checkpointing, lora=lora, quantization=quantization,
-            kernels=kernels, gradient_accumulation=checkpointing,
+            kernels="cuda", gradient_accumulation=checkpointing,
         )  # fmt: skip
         full = _step.trace(config, run)
         short = _step.trace(_configs.config_with(config, _trace.SHORT), run).extrapolate(layers)
@@ -438,9 +436,11 @@ def test_published_head_and_cross_entropy(tokens, mib):
     assert peak / MIB == pytest.approx(mib, rel=5e-4)
 
 
-def test_book_table_5_2():
-    cells = memory.book_cells()
-    assert len(cells) == 48
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_book_table_5_2(every):
+    """A fifth of the cells, with every kind of attention, is fast."""
+    assert len(memory.book_cells()) == 48
+    cells = memory.book_cells()[::every]
     errors = [
         abs(memory.estimate_training(model, **choices).peak_bytes / measured - 1)
         for model, choices, measured in cells
@@ -450,7 +450,7 @@ def test_book_table_5_2():
 
 
 def test_our_trace_beats_the_formulas_on_the_same_cells():
-    table = memory.compare_formulas(memory.book_cells()[::3])
+    table = memory.compare_formulas(memory.book_cells()[::5])
     assert len(table) >= 5
     ours = table.loc["traced"]
     assert (table.drop("traced")["median error"] > 5 * ours["median error"]).all()
@@ -964,7 +964,7 @@ def test_plan_on_the_command_line(capsys):
         plan("--model SmolLM2-135M-Instruct --quantization nf4 --rank 4 --sequence-length 64") == 0
     )
     assert "peak" in capsys.readouterr().out
-    assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 2GiB --vary batch_size") == 0
+    assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 1.3GiB --vary batch_size") == 0
     assert "largest batch_size" in capsys.readouterr().out
     model = "--model SmolLM2-135M-Instruct --rank 8 --sequence-length 64"
     assert plan(f"{model} --gpu T4 --padded") == 0

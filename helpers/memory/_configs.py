@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def load_config(model: Any) -> PretrainedConfig:
         if isinstance(config, PretrainedConfig):
             return config
     if isinstance(model, dict):
-        return AutoConfig.for_model(**model)
+        return _described("a dict", model)
     if not isinstance(model, str | Path):
         kind = type(model).__name__
         raise TypeError(f"model must be a config, a name, a path or a Hub id, not {kind}")
@@ -76,17 +77,57 @@ def load_config(model: Any) -> PretrainedConfig:
         return AutoConfig.for_model(**copy.deepcopy(_entries()[found]["config"]))
     path = Path(model)
     if path.suffix == ".json" and path.is_file():
-        return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
+        try:
+            return _described(repr(str(model)), json.loads(path.read_text("utf-8-sig")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"model={str(model)!r} is no JSON ({error})") from error
     try:
-        return AutoConfig.from_pretrained(model, local_files_only=not _hub_answers(str(model)))
-    except (OSError, ValueError) as error:
-        close = difflib.get_close_matches(wanted.split("/")[-1], names, 3, 0.3)
+        local = not _hub_answers(str(model))
+        return AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        if (path / "config.json").is_file() or not isinstance(error, OSError):
+            raise _unreadable(repr(str(model)), error) from error
         raise ValueError(
             f"model={str(model)!r} is not in the catalog, and no config was found at that path "
-            f"or on the Hub; known names like it: "
-            f"{', '.join(names[name] for name in close or list(names)[:6])} "
+            f"or on the Hub; known names like it: {', '.join(_like(wanted, names))} "
             "(memory.catalog() lists all)"
         ) from error
+
+
+def _described(origin: str, entries: Any) -> PretrainedConfig:
+    """The config that a config.json describes."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = entries.get("model_type") if isinstance(entries, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model={origin} has model_type={kind!r}, which the installed transformers does not "
+            "know; a causal language model's config.json works"
+        )
+    try:
+        return AutoConfig.for_model(**copy.deepcopy(entries))
+    except Exception as error:
+        raise _unreadable(origin, error) from error
+
+
+def _unreadable(origin: str, error: Exception) -> ValueError:
+    return ValueError(f"model={origin}: transformers makes no config of it ({told(error)})")
+
+
+def told(error: Exception) -> str:
+    """An error of a library in one line: its type, and how its message begins."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _like(wanted: str, names: dict[str, str]) -> list[str]:
+    """The catalog's names with most words (and sizes) of a name, then most of its letters."""
+
+    def likeness(name: str) -> tuple[int, float]:
+        mine, theirs = (set(re.findall(r"[a-z]+|\d[\d.]*[bmk]?", n)) for n in (wanted, name))
+        return len(mine & theirs), difflib.SequenceMatcher(None, wanted, name).ratio()
+
+    wanted = wanted.split("/")[-1]
+    return [names[name] for name in sorted(names, key=likeness, reverse=True)[:3]]
 
 
 def _hub_answers(name: str) -> bool:
@@ -97,46 +138,90 @@ def _hub_answers(name: str) -> bool:
 
 
 # ------------------------------------------------------------------ what a trace may assume
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+class CannotPredictError(ValueError):
+    """A model or a run of which there is no honest number; the message says why."""
+
+
+_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
 _RECURRENT = {"linear_attention", "mamba", "conv", "state_size", "mamba_d_state"}
 
 
-def refuse(config: Any) -> None:
-    """Raise ValueError for what cannot be modelled honestly: better no number than a wrong one."""
+def language_model(model: Any, quantization: str | None = None) -> tuple[Any, str]:
+    """(Config of the dense causal language model in a model, its name for a report).
+
+    Of a model with other parts (Gemma 3's eyes), the text part; the name says so. Raises
+    CannotPredictError for what cannot be modelled honestly: better no number than a wrong one.
+    """
+    config = load_config(model)
+    kind = config.model_type or type(config).__name__
+    name = model if isinstance(model, str) else str(config.name_or_path or kind)
+    text, whole = config, ""
+    if not config.is_encoder_decoder:
+        text = config.get_text_config(decoder=True)
+    if text is not config:
+        whole, kind = f", the text part of {kind!r}", text.model_type
+        name += ", only its text part counted"
+    if reason := _unlike(text, kind):
+        raise CannotPredictError(
+            f"model: cannot predict {kind!r}{whole}: {reason}. Dense causal models work: Llama, "
+            "Mistral, Phi, Qwen, Gemma, OPT, Falcon, GPT-2, SmolLM and their kin."
+        )
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method", "")).split(".")[-1].lower()
+    if stored and ("bitsandbytes" not in method or quantization is None):
+        raise CannotPredictError(
+            f"model: the weights of {name!r} are stored quantized ({method or 'some way'}); pass "
+            "the model they were made from, with quantization='nf4', 'fp4' or 'int8' and lora"
+        )
+    return text, name
+
+
+def _unlike(config: Any, kind: str) -> str:
+    """Why a config is none of a dense causal language model; empty where it is one."""
     from transformers import AutoModelForCausalLM
 
-    has = functools.partial(getattr, config)
-    kind = has("model_type", type(config).__name__)
-    if has("is_encoder_decoder", False):
-        reason = "it is an encoder-decoder; only decoder-only language models are traced"
-    elif type(config) not in AutoModelForCausalLM._model_mapping:
-        reason = "transformers has no causal language model for it"
-    elif any((has(name, None) or 0) > 1 for name in _EXPERTS):
-        reason = "it is a mixture of experts, whose buffers depend on where tokens are routed"
-    elif _RECURRENT & {*(has("layer_types", None) or ()), *vars(config)}:
-        reason = "its recurrent layers run CUDA kernels that have no CPU twin to trace"
-    elif kind in ("bert", "roberta", "electra") and not has("is_decoder", False):
-        reason = "it is an encoder"
-    else:
-        return
-    raise ValueError(
-        f"model: cannot predict {kind!r}: {reason}. Dense causal models work: Llama, Mistral, "
-        "Phi, Qwen, Gemma, OPT, Falcon, GPT-2, SmolLM and their kin."
-    )
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder; only decoder-only language models are traced"
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return "transformers has no causal language model for it"
+    nested = [config.to_dict(), *(v for v in config.to_dict().values() if isinstance(v, dict))]
+    counts = [part.get(name) for part in nested for name in _EXPERTS]
+    if any(isinstance(count, int | list) and count not in (0, 1) for count in counts):
+        return "it is a mixture of experts, whose buffers depend on where tokens are routed"
+    made = AutoModelForCausalLM._model_mapping[type(config)]
+    layers = {*(getattr(config, "layer_types", None) or ()), *vars(config)}
+    if getattr(made, "_is_stateful", False) or _RECURRENT & layers:
+        return "its recurrent layers run CUDA kernels that have no CPU twin to trace"
+    if hasattr(config, "type_vocab_size") and getattr(config, "is_decoder", None) is False:
+        return "it is an encoder, of BERT's kind"
+    return ""
 
 
 _OF_SOME_LAYERS = (
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "layer_replication",
 )  # fmt: skip
+_BY_NAME = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 
 
 def irregular(config: Any, lora: Any) -> bool:
     """Whether layers may differ, so that only a full trace is honest."""
     lora, layers = getattr(lora, "value", lora), config.num_hidden_layers
     lists = (v for v in config.to_dict().values() if isinstance(v, list | tuple))
-    return any(getattr(lora, name, None) for name in _OF_SOME_LAYERS) or any(
-        len(values) == layers and len(set(map(str, values))) > 1 for values in lists
-    )
+    if any(getattr(lora, name, None) for name in _OF_SOME_LAYERS):
+        return True
+    for name in _BY_NAME:  # a pattern, or a name with a layer's number, may mean one layer
+        given = getattr(lora, name, None) or ()
+        if isinstance(given, str) and given != "all-linear":
+            return True
+        if any(re.search(r"(^|\.)\d+(\.|$)", str(one)) for one in given):
+            return True
+    return any(len(values) == layers and len(set(map(str, values))) > 1 for values in lists)
+
+
+def positions(config: Any) -> int | None:
+    """How many positions a config declares; None: no end (ALiBi), as in Bloom."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def config_with(config: Any, layers: int) -> Any:

@@ -9,7 +9,7 @@ import csv
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from helpers.memory._configs import load_config
+from helpers.memory._configs import language_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,9 +41,9 @@ def napkin(model: Any, **choices: Any) -> dict[str, int]:
         >>> napkin("Llama-2-7b-hf", quantization="nf4", lora=16)["weights"]
         3286761472
     """
-    config = load_config(model)
-    layers, h, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     quantization, optimizer = choices.get("quantization"), choices.get("optimizer", "adamw_torch")
+    config = language_model(model, quantization)[0]
+    layers, h, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     width = 4 if str(choices.get("dtype", "bfloat16")).endswith(("32", "float")) else 2
     parameters = 12 * layers * h**2 + config.vocab_size * h
     stored = {None: width, "int8": 1, "fp4": 0.5, "nf4": 0.5}[quantization]
@@ -119,7 +119,7 @@ def compare_formulas(cells: list[tuple[Any, dict[str, Any], int]]) -> pd.DataFra
         predicted = {
             "traced": estimate_training(model, **choices).peak_bytes,
             "napkin": napkin(model, **choices)["total"],
-        } | _rules_in_use(load_config(model), choices)
+        } | _rules_in_use(language_model(model, choices.get("quantization"))[0], choices)
         rows.append({name: value / measured - 1 for name, value in predicted.items()})
     errors = pd.DataFrame(rows).abs()
     return pd.DataFrame(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from helpers.memory._allocator import rounded
+from helpers.memory._configs import CannotPredictError
 from helpers.memory.cards import AMPERE, processors
 
 
@@ -83,7 +84,8 @@ def cuda_attention(
     it took 1 to 2 % more while it ran), and with a mask as the efficient one.
     """
     modern, same_heads = capability >= AMPERE, query.shape[1] == key.shape[1] == value.shape[1]
-    fits_flash = attn_mask is None and query.shape[-1] <= 256 and (same_heads or enable_gqa)
+    one_size = query.shape[-1] == value.shape[-1] <= 256
+    fits_flash = attn_mask is None and one_size and (same_heads or enable_gqa)
     if fits_flash and modern and query.dtype != torch.float32:
         return _FlashAttention.apply(query, key, value)
     if same_heads and (modern or query.dtype != torch.bfloat16):
@@ -91,6 +93,19 @@ def cuda_attention(
     return torch._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def flash_attention_2(query, key, value, *_, target_dtype=None, **__):
+    """transformers' `_flash_attention_forward`: heads beside one another, and no mask at all."""
+    if query.shape[-1] > 256:
+        raise CannotPredictError(
+            "attention='flash_attention_2' takes heads of at most 256 numbers, and this model has "
+            f"some of {query.shape[-1]}; attention='sdpa' works"
+        )
+    rows = [x.transpose(1, 2) for x in (query, key, value)]
+    if target_dtype:  # transformers hands it 16 bits, whatever comes in
+        rows = [_cast(x, [torch.float32], target_dtype) for x in rows]
+    return _FlashAttention.apply(*rows).transpose(1, 2)
 
 
 _FLOAT32_UNDER_AUTOCAST = {
@@ -110,16 +125,13 @@ class CudaKernels(TorchFunctionMode):
     float32 gets float32 inputs.
     """
 
-    def __init__(self, autocast: bool = False, flash_dtype: Any = None, capability: Any = AMPERE):
+    def __init__(self, autocast: bool = False, capability: Any = AMPERE):
         super().__init__()
-        self.autocast, self.flash_dtype, self.capability = autocast, flash_dtype, capability
+        self.autocast, self.capability = autocast, capability
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            if self.flash_dtype:  # transformers hands flash attention 16 bits, whatever comes in
-                narrow = (_cast(a, [torch.float32], self.flash_dtype) for a in args[:3])
-                args = [*narrow, *args[3:]]
             return cuda_attention(*args, **kwargs, capability=self.capability)
         if func is F.dropout:
             return _dropout(*args, **kwargs)

@@ -70,9 +70,10 @@ def fused_loss(
     rows = torch.arange(labels.numel(), device=labels.device) // labels.shape[1]
     columns = torch.arange(labels.numel(), device=labels.device) % labels.shape[1]
     head = base.get_output_embeddings()
+    bias = getattr(head, "bias", None)  # PEFT's wrapper of a head with trained rows has none
     picked, targets = hidden[rows, columns], labels[rows, columns]
     logprobs, entropy, top = FusedHead.apply(
-        picked, head.weight, head.bias, targets, autocast_dtype or picked.dtype
+        picked, head.weight, bias, targets, autocast_dtype or picked.dtype
     )
     per_token = [x.new_zeros(mask.shape).view(-1).copy_(x.detach()) for x in (entropy, top)]
     return -logprobs.sum() / mask.sum().clamp(min=1), per_token

@@ -58,8 +58,17 @@ class FakeQuantizedLinear(torch.nn.Linear):
             count, width = (size, torch.uint8) if bytes_each else (size // 4, torch.float32)
             self.register_buffer(name, torch.empty(count, dtype=width, device=device))
 
-    def dequantize(self, dtype: torch.dtype, fused: bool = False) -> torch.Tensor:
+    @property
+    def W_q(self) -> torch.Tensor:
+        """By this name PEFT knows a layer that it asks to dequantize itself (DoRA's norms)."""
+        return self.weight
+
+    def dequantize(self, dtype: torch.dtype | None = None, fused: bool = False) -> torch.Tensor:
         """The matrix in `dtype`, written directly (`fused`) or through the one it came from."""
+        if self.kind == "int8":  # int8_vectorwise_dequant, in float32
+            codes = self.weight.view(self.out_features, self.in_features)
+            return codes * self.scales.view(-1, 1) * (1 / 127)
+        dtype = dtype or self.source_dtype
         if hasattr(self, "second_scales"):
             scales = self.scales.new_empty(self.scales.shape, dtype=torch.float32)
             if fused:
@@ -147,7 +156,7 @@ class _MatMul8bit(torch.autograd.Function):
 
 
 def quantized_lora_forward(self, x, *args, **kwargs):
-    """The forward pass of PEFT's Linear8bitLt and Linear4bit (peft.tuners.lora.bnb), plain LoRA."""
+    """The forward pass of PEFT's Linear8bitLt and Linear4bit (peft.tuners.lora.bnb)."""
     result = self.base_layer(x)
     if self.base_layer.kind != "int8" and not self.base_layer.book:
         result = result.clone()
@@ -157,6 +166,10 @@ def quantized_lora_forward(self, x, *args, **kwargs):
         convert, dtype = not torch.is_autocast_enabled("cpu"), result.dtype
         if convert:
             x = x.to(self.lora_A[name].weight.dtype)
+        if variant := self.lora_variant.get(name):  # DoRA
+            result = variant.forward(self, active_adapter=name, x=x, result=result)
+            result = result.to(dtype) if convert else result
+            continue
         output = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
         output = output * self.scaling[name]
         result = result + (output.to(dtype) if convert else output)

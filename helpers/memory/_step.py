@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import logging
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,13 @@ import torch
 
 from helpers.memory import _kernels, _losses, _quantized
 from helpers.memory._allocator import rounded
-from helpers.memory._configs import config_with, irregular
+from helpers.memory._configs import (
+    CannotPredictError,
+    config_with,
+    irregular,
+    positions,
+    told,
+)
 from helpers.memory._trace import SHORT, Ledger, Trace
 from helpers.memory.cards import AMPERE, Capability, cublas_workspace, half_dtype
 
@@ -68,14 +75,16 @@ def build(config: Any, run: Choices) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager" if run.attention == "eager" else "sdpa"
+    config._attn_implementation = run.attention
     model: Any = AutoModelForCausalLM.from_config(config, dtype=run.dtype)
+    _check_positions(model, run)
     for module in (config, *model.modules()):
         if hasattr(module, "layerdrop"):
             module.layerdrop = 0.0  # skipping layers at random has no peak to predict
     if run.quantization:
         options = run.quantization, run.double_quant, run.dtype, run.stack
         _quantized.quantize_linears(model, *options)
+        model.config._is_quantized = True  # transformers' flash attention asks
         model.requires_grad_(False)
         if run.book:  # prepare_model_for_kbit_training, which today's trl leaves out
             for parameter in model.parameters():
@@ -99,13 +108,47 @@ def _kernels_of(run: Choices) -> Callable[[], contextlib.AbstractContextManager]
     """A function that makes the context in which the run's operators run."""
     if run.kernels == "cpu":
         return contextlib.nullcontext
-    flash_dtype = run.dtype if run.attention == "flash_attention_2" else None
-    autocast = run.mixed_precision is not None
-    return lambda: _kernels.CudaKernels(autocast, flash_dtype, run.capability)
+    return lambda: _kernels.CudaKernels(run.mixed_precision is not None, run.capability)
+
+
+def _check_positions(model: Any, run: Choices) -> None:
+    """Refuse a sequence beyond a table with a row for each position, which a trace won't miss."""
+    most, words = positions(model.config), model.get_input_embeddings()
+    if most is None or run.sequence_length <= most:
+        return
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    tables += [buffer for buffer in model.buffers() if buffer.dim() == 2]
+    if any(most <= len(x) <= most + 2 for x in tables if x is not words.weight):
+        raise CannotPredictError(
+            f"sequence_length={run.sequence_length} is more than this model's {most} positions"
+        )
+
+
+@contextlib.contextmanager
+def _flash_attention_2(model_class: Any) -> Iterator[None]:
+    """transformers as if the package flash-attn were here: its masks, and our kernel."""
+    from transformers import PreTrainedModel
+    from transformers.integrations import flash_attention
+
+    def offered(self: Any, name: str, *_: Any, **__: Any) -> str:
+        known = getattr(self, "_compatible_flash_implementations", None) or [name]
+        if not self._supports_flash_attn or name not in known:
+            raise ValueError(f"{type(self).__name__} does not support flash_attention_2")
+        return name
+
+    kernel, name = _kernels.flash_attention_2, "_flash_attention_forward"
+    with contextlib.ExitStack() as stack:
+        where = PreTrainedModel, "_check_and_adjust_attn_implementation"
+        stack.enter_context(mock.patch.object(*where, offered))
+        # Falcon, GPT-J and GPT-Neo call it by themselves
+        for module in (flash_attention, sys.modules[model_class.__module__]):
+            stack.enter_context(mock.patch.object(module, name, kernel, create=True))
+        yield
 
 
 def _with_adapters(model: Any, run: Choices) -> Any:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     lora: Any = copy.deepcopy(getattr(run.lora, "value", run.lora))
@@ -114,10 +157,19 @@ def _with_adapters(model: Any, run: Choices) -> Any:
         # The book's adapters drop 5 % of their inputs: a dropout mask is a byte per number.
         dropout = 0.05 if run.book else 0.0
         lora = LoraConfig(r=lora, lora_dropout=dropout, target_modules=targets)
-    model = get_peft_model(model, lora)
+    kind = model.config.model_type
+    try:
+        model = get_peft_model(model, lora)
+    except Exception as error:
+        raise CannotPredictError(f"lora: PEFT refuses it for {kind!r} ({told(error)})") from error
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer) and not run.book:
+        raise CannotPredictError(
+            "lora: its target_modules name the head, which SFTTrainer refuses, since its loss "
+            "reads the head's weight past an adapter; modules_to_save works"
+        )
     for module in model.modules():
-        base, variant = getattr(module, "base_layer", None), getattr(module, "lora_variant", {})
-        if isinstance(base, _quantized.FakeQuantizedLinear) and not variant:
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, _quantized.FakeQuantizedLinear):
             module.forward = types.MethodType(_quantized.quantized_lora_forward, module)
     # trl 1.16 makes them bfloat16. Where a card has none, training.LeanSFTTrainer leaves
     # them float32, the only type that float16's gradient scaler takes.
@@ -158,9 +210,24 @@ def step_log(config: Any, run: Choices) -> tuple[Trace, int]:
 
 
 def trace(config: Any, run: Choices) -> Trace:
-    """Run one step on fakes, of all the config's layers."""
+    """Run one step of all the config's layers, on tensors without data.
+
+    On the meta device, three times as quick, where that can be: autocast knows no such device,
+    a CPU's kernels are not its own, and some models ask for a value. Else on fakes of the CPU.
+    """
+    if run.kernels == "cuda" and run.mixed_precision is None:
+        try:
+            return _trace(config, run, meta=True)
+        except CannotPredictError:
+            raise
+        except Exception as error:  # fakes get further, or tell the same
+            logging.getLogger(__name__).debug("not on the meta device: %s", error)
+    return _trace(config, run, meta=False)
+
+
+def _trace(config: Any, run: Choices, meta: bool) -> Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import masking_utils
+    from transformers import AutoModelForCausalLM, masking_utils
 
     scratch = functools.partial(_kernels.scratch, capability=run.capability)
     ledger = Ledger(scratch=scratch if run.kernels == "cuda" else None)
@@ -169,6 +236,8 @@ def trace(config: Any, run: Choices) -> Trace:
         enter(_quiet())
         enter(torch.random.fork_rng(devices=[]))
         enter(torch.enable_grad())
+        if run.attention == "flash_attention_2":
+            enter(_flash_attention_2(AutoModelForCausalLM._model_mapping[type(config)]))
         with torch.device("meta"):
             model = build(config, run)
         if not run.packing or run.attention == "flash_attention_2":
@@ -176,8 +245,11 @@ def trace(config: Any, run: Choices) -> Trace:
             enter(mock.patch.object(masking_utils, find, lambda *_, **__: None))
         if run.book:
             enter(_losses.book(model))
-        enter(FakeTensorMode())
-        _to_fakes(model)
+        if meta:
+            enter(torch.device("meta"))
+        else:
+            enter(FakeTensorMode())
+            _to_fakes(model)
         batch = _inputs(run)
         enter(_kernels_of(run)())
         enter(ledger)
@@ -275,7 +347,9 @@ def _decoder_layers(model: Any) -> torch.nn.ModuleList:
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"no list of {count} layers found in {type(model).__name__}")
+    raise CannotPredictError(
+        f"model: no list of its {count} layers found in {type(model).__name__}"
+    )
 
 
 def _state_of(run: Choices, parameter: torch.Tensor) -> tuple[list[int], int]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from helpers._checks import one_of, whole_number
-from helpers.memory._configs import load_config, refuse
+from helpers.memory._configs import CannotPredictError, language_model, positions, told
 from helpers.memory.cards import AMPERE, Card, find_card, half_dtype, parse_size
 from helpers.memory.report import GIB, PHASES, MemoryEstimate
 
@@ -109,13 +109,7 @@ def estimate_training(
             "stack='current'; packed rows have no padding"
         )
     _check_card(card, dtype=dtype, attention=attention, mixed_precision=mixed_precision)
-    config = load_config(model)
-    refuse(config)
-    learned = getattr(config, "model_type", "") in ("opt", "gpt2")
-    if learned and sequence_length > (most := config.max_position_embeddings):
-        raise ValueError(
-            f"sequence_length={sequence_length} is more than this model's {most} positions"
-        )
+    config, name = language_model(model, quantization)
     choices = _step.Choices(
         quantization=quantization, double_quant=double_quant, dtype=getattr(torch, dtype),
         lora=_step.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
@@ -125,8 +119,7 @@ def estimate_training(
         gradient_accumulation=gradient_accumulation, packing=packing, padded=padded, stack=stack,
         loss="logits" if stack == "book" else "fused", capability=capability,
     )  # fmt: skip
-    name = getattr(config, "name_or_path", "") or config.model_type
-    return _estimate(model if isinstance(model, str) else str(name), config, choices, card)
+    return _estimate(name, config, choices, card)
 
 
 def _check_lora(lora: Any, quantization: str | None) -> None:
@@ -180,17 +173,28 @@ def _traced(config: Same, choices: Choices) -> tuple[Trace, int]:
     kind = config.value.model_type
     try:
         return _step.step_log(config.value, choices)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        raise ValueError(
-            f"attention={choices.attention!r} is not offered by transformers for {kind!r}; "
-            "use attention='eager'"
-        ) from error
-    except (RuntimeError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+    except CannotPredictError:
+        raise
+    except Exception as error:
+        said = str(error)
+        if "scaled_dot_product_attention" in said or "`sdpa` attention" in said:
+            raise ValueError(
+                f"attention={choices.attention!r} is not offered by transformers for {kind!r}; "
+                "use attention='eager'"
+            ) from error
+        if choices.attention.startswith("flash") and "flash" in said.lower():
+            raise ValueError(
+                f"attention={choices.attention!r} is not offered by transformers for {kind!r} "
+                f"with such choices ({told(error)}); use attention='sdpa' or 'eager'"
+            ) from error
+        if "checkpointing" in said:
+            raise ValueError(
+                f"gradient_checkpointing=True is not offered by transformers for {kind!r}; use "
+                "gradient_checkpointing=False"
+            ) from error
         raise ValueError(
             f"model: {kind!r} broke while being traced, so there is no honest number to give "
-            f"({type(error).__name__}: {error})"
+            f"({told(error)})"
         ) from error
 
 
@@ -217,7 +221,8 @@ def find_largest(
 ) -> MemoryEstimate:
     """The longest sequence, or largest batch, that fits a card (Chapter 5).
 
-    Sequences are multiples of 64 up to the model's positions, batches at most 1,024. One unit
+    Sequences are multiples of 64 up to the model's positions (131,072 where it declares none),
+    batches at most 1,024. One unit
     more does not fit; a longer one may by luck, where the allocator's blocks happen to close up.
 
     Args:
@@ -241,7 +246,8 @@ def find_largest(
     one_of("vary", vary, ("sequence_length", "batch_size"))
     unit, most = 1, 1024
     if vary == "sequence_length":
-        unit, most = 64, load_config(model).max_position_embeddings
+        unit = 64
+        most = positions(language_model(model, choices.get("quantization"))[0]) or 131_072
 
     def attempt(units: int) -> MemoryEstimate:
         return estimate_training(model, gpu=gpu, **choices | {vary: units * unit})
