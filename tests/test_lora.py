@@ -495,6 +495,14 @@ CORRECT = {
     "embeddings saved": lambda: attached(modules_to_save=["embed_tokens", "lm_head"]),
     "norms saved": lambda: attached(modules_to_save=["input_layernorm"]),
     "a few tokens": lambda: attached(trainable_token_indices=[1, 2]),
+    "a tied embedding saved": lambda: attached(
+        tiny(tie_word_embeddings=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
+    "rsLoRA": lambda: attached(use_rslora=True, lora_dropout=0.1),
+    "PiSSA": lambda: attached(init_lora_weights="pissa"),
+    "OLoRA": lambda: attached(init_lora_weights="olora"),
+    "patterns": lambda: attached(rank_pattern={"q_proj": 2}, alpha_pattern={r"1\..*v_proj": 4}),
+    "one layer": lambda: attached(layers_to_transform=[1]),
     "an adapted embedding": lambda: attached(target_modules=["embed_tokens", "q_proj"]),
     "biases": lambda: attached(tiny("qwen2"), bias="all", target_modules=["q_proj"]),
     "the second of two adapters": two_adapters,

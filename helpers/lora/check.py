@@ -159,11 +159,19 @@ def _learning_rates(optimizer: torch.optim.Optimizer | None) -> dict[int, Any]:
     return {id(p): g.get("initial_lr", g.get("lr")) for g in groups for p in g["params"]}
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point() or tensor.itemsize == 1:
-        return True
-    # The extremes of a tensor with a NaN are NaN: no mask as large as the tensor needed.
-    return not tensor.numel() or all(math.isfinite(x) for x in tensor.detach().aminmax())
+def _is_finite(parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds numbers only, or its scales do where it holds codes."""
+    state = getattr(parameter, "quant_state", None)
+    # Of 4-bit weights only the scales: codes may be stored as bfloat16, and mean no number.
+    parts = state.as_dict().values() if state else [parameter, getattr(parameter, "SCB", None)]
+    for part in parts:
+        numbers = torch.as_tensor(part if isinstance(part, torch.Tensor | float) else 0).detach()
+        if numbers.is_meta or numbers.itemsize == 1 or not numbers.numel():
+            continue  # nothing to look at, or 8-bit codes
+        # The extremes of a tensor with a NaN are NaN: no mask as large as it is needed.
+        if not all(math.isfinite(extreme) for extreme in numbers.aminmax()):
+            return False
+    return True
 
 
 def _unmatched(model: nn.Module) -> list[str]:

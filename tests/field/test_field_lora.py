@@ -284,6 +284,19 @@ def test_each_model_must_be_finite():
         assert check_training(tiny()).ok  # nothing to look at
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.field("own", "a base that was quantized from NaN")
+def test_each_scale_of_a_quantized_base_must_be_finite(bits):
+    with warnings.catch_warnings(action="ignore"):
+        model = attached(prepare_model_for_kbit_training(quantized_tiny(bits=bits)))
+    assert check_training(model).ok
+    weight = model.base_model.model.model.layers[1].mlp.up_proj.weight
+    scales = weight.quant_state.offset if bits == 4 else weight.SCB
+    scales.fill_(math.nan)
+    check = check_training(model)
+    assert check.codes == ["not_finite"] and "layers.1.mlp.up_proj.weight" in str(check)
+
+
 @pytest.mark.field("own", "an optimizer with lr=0, whole or one of its groups")
 def test_each_learning_rate_of_zero_is_an_alarm():
     model = attached()

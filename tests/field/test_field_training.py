@@ -31,35 +31,6 @@ def said(export, tmp_path, **settings):  # noqa: F811
 
 
 # ── the adapter ──────────────────────────────────────────────────────────────────────────
-UNSAYABLE = {
-    "layers_to_transform": [0],
-    "layers_pattern": "layers",
-    "exclude_modules": ["lm_head"],
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 2},
-    "trainable_token_indices": [1],
-    "bias": "all",
-    "init_lora_weights": "pissa",
-    "lora_bias": True,
-    "ensure_weight_tying": True,
-    "layer_replication": [(0, 2), (1, 2)],
-    "loftq_config": {"loftq_bits": 4},
-    "use_qalora": True,
-    "megatron_core": "another.core",
-    "alora_invocation_tokens": [1, 2],
-}
-
-
-@pytest.mark.parametrize("name", UNSAYABLE)
-@pytest.mark.field("own", "a field of LoraConfig that trl sft has no setting for")
-def test_refused_what_a_recipe_cannot_say_of_the_adapter(export, tmp_path, name):  # noqa: F811
-    lora = LoraConfig(target_modules=["q_proj"])
-    setattr(lora, name, UNSAYABLE[name])  # some can only be set beside others
-    with pytest.raises(ValueError, match=f"lora has {name}="):
-        export(lora=lora)
-    assert not (tmp_path / "recipe").exists()
-
-
 @pytest.mark.field("own", "every field of LoraConfig: said, or refused, or a note")
 def test_each_field_of_the_adapter_is_said_or_refused(export):  # noqa: F811
     notes = {"auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path"}
@@ -72,6 +43,7 @@ def test_each_field_of_the_adapter_is_said_or_refused(export):  # noqa: F811
             setattr(lora, field.name, "something else")
             with pytest.raises(ValueError, match=f"lora has {field.name}='something else'"):
                 export(f"recipe {number}", lora=lora)
+    assert number > 35, "every field has been looked at"
 
 
 @pytest.mark.field("own", "settings of LoraConfig that trl sft has, and that were left out")
