@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby, pairwise, takewhile
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
-from helpers.chat._tokens import Token, fence, squeeze, unfence
+from helpers.chat._tokens import Token, fence, shared_start, squeeze, unfence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -82,6 +82,7 @@ class Sample:
     def alarms(self) -> Alarms:
         """All alarms, in the order of the text."""
         tokenizer, tokens = self.tokenizer, self.tokens
+        begins = next((t for t in tokens if t.id != tokenizer.bos_token_id), tokens[0])
         if self._double_bos():
             yield (
                 "double_bos",
@@ -94,7 +95,7 @@ class Sample:
             for start, stop in self._runs():
                 yield from self._check_run(start, stop)
             yield from self._check_stop()
-        elif self.headers and not tokens[0].trained:
+        elif self.headers and not begins.trained:
             yield (
                 "no_template",
                 "trains a part of a text without roles, though the tokenizer has a chat template: "
@@ -155,8 +156,7 @@ class Sample:
         if found and format.between and format.header in rest:
             return "a question between two answers"
         # Any other role (a system message, an observation): a turn that is not an answer's.
-        pairs = zip(format.header, format.question, strict=False)
-        opening = bytes(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        opening = shared_start(format.header, format.question)
         answers = tuple(before for before, _ in format.starts if before)
         while format.turn_end and format.turn_end in said:
             said = said.split(format.turn_end, 1)[1]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product, takewhile
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from helpers.chat._messages import REJECTIONS
-from helpers.chat._tokens import squeeze, token_bytes, unfence
+from helpers.chat._tokens import shared_start, squeeze, token_bytes, unfence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -44,9 +44,8 @@ class ChatFormat:
     def stop_words(self) -> list[str]:
         """What ends the last answer, token by token; several where a template ends twice."""
         end = self.last_end or self.turn_end
-        return [word.decode() for word in re.findall(rb"\xfe(.*?)\xff", end, re.DOTALL)] or (
-            [unfence(end)] if end else []
-        )
+        words = [word.decode() for word in re.findall(rb"\xfe(.*?)\xff", end, re.DOTALL)]
+        return words or [unfence(end)] * bool(end)
 
 
 def read_format(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat:
@@ -69,7 +68,7 @@ def read_format(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat
     # between two turns without the opening of the next, or what closes a question.
     closing = [full[end[i] : block[1]].strip() for i, block in zip((1, 3), blocks, strict=True)]
     asked = alone[end[0] :].strip() if full.startswith(alone) else ""
-    opening = _shared_start(full[: at[0]][::-1], between[::-1])[::-1]
+    opening = shared_start(full[: at[0]][::-1], between[::-1])[::-1]
     guesses = (closing[0], tail, between.removesuffix(opening).strip(), asked)
     turn_end = next((g for g in guesses if g and between.lstrip().startswith(g)), "")
 
@@ -82,7 +81,7 @@ def read_format(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat
         first += closed.end()
     if not full[first : at[1]].strip():  # "[/INST]" both closes a question and opens an answer
         first = end[0]
-    prompted = min(len(_shared_start(prompt, full)), at[1])
+    prompted = min(len(shared_start(prompt, full)), at[1])
     lead = (prompted if prompted > first else at[1]) - first
     starts = set()
     for shift, content, block in ((0, at[1], blocks[0]), (end[2] - end[0], at[3], blocks[1])):
@@ -117,11 +116,6 @@ def read_format(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat
         call_end=tidy(call_end),
         spaces=spaces,
     )
-
-
-def _shared_start(one: str, other: str) -> str:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(char for char, _ in same)
 
 
 def _pick(tokenizer: Tokenizer, template: str | None) -> str:

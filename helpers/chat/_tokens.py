@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, AnyStr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -97,6 +97,12 @@ def fence(token: str | None) -> bytes:
 def unfence(data: bytes) -> str:
     """Readable text of fenced bytes."""
     return data.replace(b"\xfe", b"").replace(b"\xff", b"").decode(errors="replace")
+
+
+def shared_start(one: AnyStr, other: AnyStr) -> AnyStr:
+    """The beginning that two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def squeeze(data: bytes) -> bytes:
