@@ -313,14 +313,16 @@ AROUND = re.compile(
     re.I | re.M | re.X,
 )
 # An exception's line, unless it is one of the source lines that Jupyter and rich show around
-# a call, or only says that another process failed.
+# a call, or only says that another process failed; and where its message ends.
+OTHERS = "CalledProcessE|ChildFailedE"
 START = re.compile(
-    r"""^(?!.*\bexcept\b | [ \t]*(?:❱|-+>)?[ \t]*\d+[ \t])
-    (?=(?:.{0,80}?[^\w.])?(?![\w.]*(?:CalledProcess|ChildFailed))
+    rf"""^(?!.*\bexcept\b | [ \t]*(?:❱|-+>)?[ \t]*\d+[ \t])
+    (?=(?:.{{0,80}}?[^\w.])?(?![\w.]*(?:{OTHERS}))
     [\w.]*(?:Error|Exception|Interrupt|Needed|Expired)(?::|[ \t]*$))""",
     re.M | re.X,
 )
-STOP = re.compile(r"^(?:The above exception|During handling)|^.*Traceback \(most", re.M)
+ENDS = rf"The above exception|During handling|(?:DEBUG|INFO|WARNING|ERROR)\b|.*(?:{OTHERS})"
+STOP = re.compile(rf"^.*Traceback \(most|\n(?:{ENDS})", re.M)
 
 
 def _says(pattern: str, text: str) -> bool:

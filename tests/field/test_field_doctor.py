@@ -1071,6 +1071,7 @@ READ = {
         "torch.distributed.DistNetworkError: The server socket has failed to listen on any local "
         "network address. port: 29500, useIpv6: false, code: -98, name: EADDRINUSE"
     ),
+    "triton_ops": "ModuleNotFoundError: No module named 'triton.ops'",
     "libuv": (
         "torch.distributed.DistStoreError: use_libuv was requested but PyTorch was built without "
         "libuv support, run with USE_LIBUV=0 to disable it."
@@ -1140,6 +1141,79 @@ def test_child_signals_by_their_numbers():
     assert doctor.explain("RuntimeError: llama-server ended with status 4").name == "unknown"
 
 
+# The same entries, as older and other versions of the libraries have them.
+OTHERS = [
+    (
+        "bitsandbytes_missing",
+        "ImportError: Using `bitsandbytes` 8-bit quantization requires Accelerate: `pip install "
+        "accelerate` and the latest version of bitsandbytes: `pip install -i "
+        "https://pypi.org/simple/ bitsandbytes`",
+    ),
+    (
+        "accelerate_missing",
+        "ImportError: Using the `Trainer` with `PyTorch` requires `accelerate>=0.26.0`: Please "
+        "run `pip install transformers[torch]`",
+    ),
+    ("architecture_unknown", "KeyError: 'qwen2'"),
+    ("lfs_pointer", "SafetensorError: Error while deserializing header: HeaderTooLarge"),
+    (
+        "lfs_pointer",
+        "OSError: You seem to have cloned a repository without having git-lfs installed.",
+    ),
+    ("weights_cut", "SafetensorError: Error while deserializing header: MetadataIncompleteBuffer"),
+    ("load_in_4bit", "TypeError: __init__() got an unexpected keyword argument 'load_in_8bit'"),
+    ("message_keys", "jinja2.exceptions.UndefinedError: 'None' has no attribute 'content'"),
+    ("content_not_text", 'TypeError: can only concatenate str (not "list") to str'),
+    (
+        "token_rights",
+        "HfHubHTTPError: 403 Client Error: Forbidden for url: https://huggingface.co/x",
+    ),
+    (
+        "token_invalid",
+        "HTTPError: 401 Client Error: Unauthorized for url: https://huggingface.co/x",
+    ),
+    ("gated", "Your request to access model a/b is awaiting a review from the repo authors."),
+    ("repo_id_form", "OSError: Incorrect path_or_model_id: './outputs/merged'."),
+    ("device_assert", "Indexing.cu:1289: indexSelectLargeIndex: block: [0,0,0] Assertion failed."),
+    (
+        "no_padding_token",
+        "ValueError: Cannot handle batch sizes > 1 if no padding token is defined.",
+    ),
+    ("bitsandbytes_build", "RuntimeError: CUDA Setup failed despite GPU being available."),
+    ("bitsandbytes_build", "'NoneType' object has no attribute 'cget_managed_ptr'"),
+    ("cuda_memory", "RuntimeError: Triton Error [CUDA]: out of memory"),
+    ("context", "the request exceeds the available context size. try increasing the context size"),
+    ("pretokenizer", "WARNING:hf-to-gguf:** WARNING: The BPE pre-tokenizer was not recognized!"),
+    ("ollama_silent", "Error: could not connect to ollama app, is it running?"),
+    ("memory", "Error: model requires more system memory (8.4 GiB) than is available (3.2 GiB)"),
+    ("killed", "zsh: killed     python train.py"),
+    ("adamw", "ImportError: cannot import name 'AdamW' from 'transformers.optimization' (/x.py)"),
+    ("import_gone", "ImportError: cannot import name 'HybridCache' from 'transformers' (/x.py)"),
+]
+
+
+@pytest.mark.field(
+    "bitsandbytes#1530, HandsOnLLM#10, transformers#45348, DeepSeek-V3#557, llama.cpp#22700, own",
+    "other wordings of the same causes",
+)
+@pytest.mark.parametrize(("name", "text"), OTHERS)
+def test_pasted_other_wordings(name, text):
+    check_pasted(name, text, text if "Error:" in text else "")
+
+
+@pytest.mark.field("own", "Jupyter shows the lines around the call: they are not the call")
+def test_pasted_positions_in_jupyter():
+    frame = (
+        "IndexError                                Traceback (most recent call last)\n"
+        "File modeling_gpt2.py:590, in GPT2Model.forward(self, input_ids)\n"
+        "{}    588     inputs_embeds = self.wte(input_ids)\n"
+        "{}    590 position_embeds = self.wpe(position_ids)\n\n"
+        "IndexError: index out of range in self"
+    )
+    assert doctor.explain(frame.format("", "--> ")).name == "positions"
+    assert doctor.explain(frame.format("--> ", "")).name == "token_out_of_range"
+
+
 # ── a reader's own words ─────────────────────────────────────────────────────────────────
 @pytest.mark.field(
     "PhiCookBook#344, llama.cpp#11554", "messages without a type, with a rank, as a log's line"
@@ -1158,6 +1232,7 @@ def test_child_signals_by_their_numbers():
         ("cuda_memory", "out of memory"),
         ("cuda_memory", "the model does not fit on my GPU"),
         ("cuda_memory", "there is not enough memory"),
+        ("cuda_memory", "the GPU memory is full"),
         ("cpu_memory", "Colab says it is out of RAM"),
         ("killed", "session crashed after using all available RAM"),
         ("killed", "Your session crashed for an unknown reason."),
