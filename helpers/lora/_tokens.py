@@ -18,30 +18,23 @@ def untrained_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) 
     """Rows of the embedding or the head that belong to new tokens and that nothing trains."""
     names = {id(module): name for name, module in model.named_modules()}
     config = getattr(model, "config", None)
-    pad = getattr(config.get_text_config(), "pad_token_id", None) if config else None
-    used: Collection[int] | None = None
-    if tokenizer is not None:
-        used = set(tokenizer.get_vocab().values())
+    config = getattr(config, "get_text_config", lambda: config)()
+    pad = getattr(config, "pad_token_id", None)
+    used: Collection[int] | None = tokenizer and tokenizer.get_vocab().values()
     found = []
-    for side in _sides(model):
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        side = None
+        with contextlib.suppress(NotImplementedError):  # which is how transformers says "none"
+            side = getattr(model, get, lambda: None)()
         table = _innermost(side)
         if used is None:  # the embedding comes first, and may carry `prepare_model`'s note
             used = getattr(table, "new_tokens", None)
-        rows = _as_made(table.weight)
+        rows = _as_made(getattr(table, "weight", None))
         known = _surely_used(rows, pad) if used is None else used
-        for row in set(rows).intersection(known) - {pad} - _trained(side, rows):
-            token = f"row {row}" if tokenizer is None else tokenizer.convert_ids_to_tokens(row)
-            found.append(f"{token} of {names[id(side)]}")
+        for row in sorted(set(rows).intersection(known) - {pad} - _trained(side, rows)):
+            token = tokenizer.convert_ids_to_tokens(row) if tokenizer else f"row {row}"
+            found.append(f"{token} of {names.get(id(side), 'the embedding')}")
     return found
-
-
-def _sides(model: nn.Module) -> list[Any]:
-    """The input embedding and the output head, as far as the model has them."""
-    sides = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(NotImplementedError):  # as transformers says "none"
-            sides.append(getattr(model, get, lambda: None)())
-    return [side for side in sides if side is not None]
 
 
 def _innermost(module: Any) -> Any:
@@ -52,22 +45,21 @@ def _innermost(module: Any) -> Any:
 
 
 def _trained(side: Any, rows: range) -> set[int]:
-    if not any(parameter.requires_grad for parameter in side.parameters()):
+    if side is None or not any(parameter.requires_grad for parameter in side.parameters()):
         return set()
     if (tokens := getattr(side, "token_adapter", None)) is None:
         return set(rows)  # the whole table, or a low-rank pair with a part for every row
     return {row for adapter in tokens.active_adapters for row in tokens.token_indices[adapter]}
 
 
-def _as_made(weight: torch.Tensor) -> range:
+def _as_made(weight: Any) -> range:
     """Trailing rows that are what resizing makes of them: the mean of all, but for 1 in 30,000.
 
     Trained rows of real models are 0.7 times as far from the mean as usual, or farther.
     """
-    count = len(weight)
-    if weight.is_meta or not weight.is_floating_point():
-        return range(count, count)
-    table = weight.detach()
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point():
+        return range(0)
+    table, count = weight.detach(), len(weight)
     mean = table.mean(0, dtype=torch.float32)
     usual = (table[:: count // 1024 + 1].float() - mean).norm(dim=1).median()
     limit = 1e-3 * usual + torch.finfo(table.dtype).eps * mean.norm()  # 16 bits round the mean

@@ -106,7 +106,7 @@ def check_training(
         "adapter_frozen": frozen,
         "adapter_merged": merged,
         "adapter_dead": [
-            name for name, _, pair in pairs if not any(x.is_meta or x.any() for x in pair)
+            name for name, _, ab in pairs if not any(x.is_meta or x.any() for x in ab)
         ],
         "alpha_zero": [name for name, scaling, _ in pairs if not scaling],
         "dropout_one": [
@@ -166,8 +166,9 @@ def _is_finite(parameter: torch.Tensor) -> bool:
     parts = state.as_dict().values() if state else [parameter, getattr(parameter, "SCB", None)]
     for part in parts:
         numbers = torch.as_tensor(part if isinstance(part, torch.Tensor | float) else 0).detach()
-        if numbers.is_meta or numbers.itemsize == 1 or not numbers.numel():
-            continue  # nothing to look at, or 8-bit codes
+        real = numbers.is_floating_point() and numbers.itemsize > 1
+        if numbers.is_meta or not real or not numbers.numel():
+            continue
         # The extremes of a tensor with a NaN are NaN: no mask as large as it is needed.
         if not all(math.isfinite(extreme) for extreme in numbers.aminmax()):
             return False

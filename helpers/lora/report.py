@@ -64,13 +64,7 @@ def _without_memory(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, repr=False)
 class ParameterReport(Shown):
-    """Parameters by kind of module: prints as a table of at most 20 rows and a headline.
-
-    Attributes:
-        parameters: how many there are.
-        trainable: how many of them require a gradient.
-        bytes: what they take in storage.
-    """
+    """Parameters by kind of module: prints as a table of at most 20 rows and a headline."""
 
     _frame: pd.DataFrame
 
@@ -81,7 +75,7 @@ class ParameterReport(Shown):
 
     @property
     def trainable(self) -> int:
-        """How many of them train."""
+        """How many of them require a gradient."""
         return int(self._frame["trainable"].sum())
 
     @property

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run_recipe(
     recipe: Recipe, *, threads: int = 1, limit_s: float = 1800, leave_s: float = 60
 ) -> list[float]:
-    """Run a recipe's command and wait for it (Chapter 5).
+    """Run a recipe's command, wait for it, and return the losses it logged (Chapter 5).
 
     Args:
         recipe: what `export_recipe` returned.
@@ -30,9 +30,6 @@ def run_recipe(
         limit_s: after so many seconds it is stopped.
         leave_s: after training, its processes are stopped when nothing was written for so
             many seconds: PyTorch 2.13's gloo can wait for itself for good at the end.
-
-    Returns:
-        The losses it logged.
 
     Raises:
         ValueError: when its files want more GPUs than there are here.

@@ -80,9 +80,6 @@ def export_recipe(
         backend: 'single', 'ddp', 'fsdp2' or 'deepspeed' (ZeRO 2).
         processes: they share the batch of `args`, so that an update sees the same rows.
 
-    Returns:
-        The folder and the command.
-
     Raises:
         ValueError: for choices that contradict each other, settings that the files cannot
             say, and more processes than this machine has GPUs (for another machine, write

@@ -180,9 +180,6 @@ def match_dtypes(model: Model) -> Model:
     Args:
         model: a model of transformers or PEFT, changed in place.
 
-    Returns:
-        The same model.
-
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

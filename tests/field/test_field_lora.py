@@ -444,3 +444,27 @@ def test_each_way_of_growing_is_noticed():
     check = check_training(model)
     assert check.codes == ["new_tokens_untrained"] and "row 100 of" in str(check)
     assert len(lora._tokens.untrained_rows(model, None)) == 6  # three rows, in and out
+    padded = tiny(vocab_size=100)  # 28 rows more: what they are for, only a note can tell
+    padded.resize_token_embeddings(103, pad_to_multiple_of=64)
+    padded.get_input_embeddings().new_tokens = range(100, 103)
+    assert "row 100 of" in str(check_training(get_peft_model(padded, LoraConfig())))
+
+
+@pytest.mark.field("own", "models that are no language models of transformers")
+def test_kept_other_models_can_be_checked():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"pad_token_id": 0}
+            self.wave = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    assert check_training(Odd()).ok
+    vision = AutoConfig.for_model(
+        "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    from transformers import AutoModel
+
+    assert check_training(AutoModel.from_config(vision)).ok
