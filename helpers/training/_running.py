@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import yaml
+
+from helpers._downloads import how_it_ended
 
 if TYPE_CHECKING:
     from helpers.training.recipes import Recipe
@@ -53,9 +54,9 @@ def run_recipe(
     finally:
         _stop(process)
     if status:
-        raise RuntimeError(f"failed with {_said(status)}: {_end(recipe)}")
+        raise RuntimeError(f"the run {how_it_ended(status)}: {_end(recipe)}")
     if not _has_trained(recipe.folder):
-        raise RuntimeError(f"ended without a trained model: {_end(recipe)}")
+        raise RuntimeError(f"the run ended without a trained model: {_end(recipe)}")
     # `trl sft` leaves a trainer_state.json only where it saves checkpoints.
     return [float(x) for x in re.findall(r"'loss': '?([^',}]+)", _output(recipe.folder))]
 
@@ -73,14 +74,6 @@ def _is_left(folder: Path, seconds: float) -> bool:
     """Whether training has ended and for so long nothing in the folder was written."""
     last = max(path.stat().st_mtime for path in folder.rglob("*"))
     return time.time() - last > seconds and "'train_runtime'" in _output(folder)
-
-
-def _said(status: int) -> str:
-    """The status of a process that failed, by the signal's name where one ended it."""
-    if status >= 0:
-        return f"status {status}"
-    name = signal.Signals(-status).name
-    return name + (", most likely because memory ran out" if name == "SIGKILL" else "")
 
 
 def _has_trained(folder: Path) -> bool:

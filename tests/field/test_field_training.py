@@ -210,8 +210,8 @@ def test_each_recipe_has_the_default_one_of_several_templates(export, tokenizer)
 @pytest.mark.field("ggml-org/llama.cpp#28756, own", "trl sft ended by a signal")
 def test_child_signals_are_named(tmp_path, name):
     recipe = stand_in(tmp_path, f"import os, signal; os.kill(os.getpid(), signal.{name})")
-    words = "SIGKILL, most likely because memory ran out" if name == "SIGKILL" else name
-    with pytest.raises(RuntimeError, match=f"failed with {words}: "):
+    words = f"{name}: most likely because memory ran out" if name == "SIGKILL" else name
+    with pytest.raises(RuntimeError, match=f"the run was killed by {words}: "):
         training.run_recipe(recipe)
 
 
