@@ -1,5 +1,6 @@
 """Modelfiles: each family's template comes out equal; what cannot be said is refused."""
 
+import functools
 import json
 import re
 import socket
@@ -13,10 +14,12 @@ from chat_families import FAMILIES, conversations, tokenizer
 from helpers import serving
 from helpers.serving import ollama
 
+shared = functools.cache(tokenizer)  # for tests that change nothing about it
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_template_renders_like_jinja(family):
-    made = tokenizer(family)
+    made = shared(family)
     template = ollama.parse_template(made)
     bos = made.bos_token if ollama.adds_bos(made) else ""
     assert bool(bos) == ("bos" in FAMILIES[family])
@@ -38,7 +41,7 @@ STOPS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modelfile_has_what_ollama_needs(family):
     text = serving.ollama_modelfile(
-        tokenizer(family), "./yoda.gguf", parameters={"temperature": 0, "num_ctx": 1024}
+        shared(family), "./yoda.gguf", parameters={"temperature": 0, "num_ctx": 1024}
     )
     assert text.startswith("FROM ./yoda.gguf\nTEMPLATE ")
     stops = [json.loads(s) for s in re.findall(r"^PARAMETER stop (.+)$", text, re.M)]
@@ -52,7 +55,7 @@ def test_modelfile_has_what_ollama_needs(family):
 
 
 def test_adapter_comes_with_its_caveat():
-    text = serving.ollama_modelfile(tokenizer("chatml"), "smollm2", adapter="yoda.gguf")
+    text = serving.ollama_modelfile(shared("chatml"), "smollm2", adapter="yoda.gguf")
     assert re.search(r"# .*refuse.*\nADAPTER yoda.gguf\n", text)
 
 
@@ -78,7 +81,7 @@ def test_templates_that_go_cannot_say_are_refused(template):
 
 def test_a_bad_parameter_is_named():
     with pytest.raises(TypeError, match=r"parameters\['seed'\]"):
-        serving.ollama_modelfile(tokenizer("chatml"), "x", parameters={"seed": None})
+        serving.ollama_modelfile(shared("chatml"), "x", parameters={"seed": None})
 
 
 # ── the client, against a server that records what it is asked ───────────────────────────

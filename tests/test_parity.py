@@ -1,15 +1,18 @@
 """Prompts of training against prompts of serving, in the engines that serve."""
 
+import functools
 import shutil
 
 import pytest
-from chat_families import FAMILIES, conversations, tokenizer
+from chat_families import FAMILIES, conversations
+from chat_families import tokenizer as fresh
 
 from helpers import serving
 from helpers.serving import parity
 
 GO = pytest.mark.skipif(not shutil.which("go"), reason="needs Go: apt-get install golang-go")
 TALKS = conversations(200)
+tokenizer = functools.cache(fresh)  # nothing here changes one
 
 
 def modelfile(family, change=lambda text: text):

@@ -31,13 +31,7 @@ HARD = "quotes \" ' ``` braces {{ .X }} {% y %} back\\slash\n<think>Ã©</think> æ
 
 
 def collate(messages: Messages) -> Messages:
-    """Messages as Ollama hands them to a TEMPLATE: neighbors of one role become one.
-
-    Example:
-        >>> talk = [{"role": "user", "content": text} for text in ("Hm.", "Well?")]
-        >>> collate(talk)
-        [{'role': 'user', 'content': 'Hm.\\n\\nWell?'}]
-    """
+    """Messages as Ollama hands them to a TEMPLATE: neighbors of one role become one."""
     merged: Messages = []
     for message in messages:
         role, content = message["role"], message.get("content") or ""
@@ -121,24 +115,20 @@ def parse_template(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
     """Take a tokenizer's chat template apart, without a BOS that the server adds itself.
 
     ValueError for a template that does more than put fixed texts around contents.
-
-    Example:
-        >>> parse_template(tokenizer).user  # doctest: +SKIP
-        '<|im_start|>user\\n'
     """
-    found = _parse(tokenizer)
+    found = take_apart(tokenizer)
     for text in filter(None, (found.text(), found.default)):
         quoted("tokenizer: its chat template", text, RAW_MODE)
     if writes_date(tokenizer):
         raise ValueError(f"tokenizer: its chat template writes the date of the day, {DATED}")
-    if found.system is not None:
-        none = _render(tokenizer, TALK, "") == _render(tokenizer, TALK)
-        found = replace(found, empty=not none)
+    with contextlib.suppress(Exception):  # it may refuse an empty system message
+        found = replace(found, empty=_render(tokenizer, TALK, "") != _render(tokenizer, TALK))
     _check(found, tokenizer)
     return found
 
 
-def _parse(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
+def take_apart(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
+    """As `parse_template`, but the result is not yet compared with the template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"tokenizer has no chat template. {RAW_MODE}")
     try:
@@ -164,7 +154,7 @@ def _parse(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
     with contextlib.suppress(Exception):  # an answer with thoughts before it
         talk = _talk(TALK[:2], None)
         talk[-1]["reasoning_content"] = ORDER
-        text = tokenizer.apply_chat_template(talk, tokenize=False)
+        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
         begins.append(_split(text, *TALK[:2])[1].removeprefix(after_user).replace(ORDER, ""))
     return GoTemplate(
         user=head,
@@ -212,34 +202,21 @@ def _literals(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes the date of the day into prompts.
-
-    Example:
-        >>> writes_date(tokenizer)  # doctest: +SKIP
-        False
-    """
-    source = tokenizer.get_chat_template()
-    clocks = (f"{{% macro strftime_now(form) %}}{year}{{% endmacro %}}" for year in (2001, 2012))
-    texts = {_render(tokenizer, TALK[:1], chat_template=clock + source) for clock in clocks}
+    """Whether the chat template writes the date of the day into prompts."""
+    texts = set()
+    for year in (2001, 2012):
+        clock = f"{{% macro strftime_now(form) %}}{year}{{% endmacro %}}"
+        source = {"chat_template": clock + tokenizer.get_chat_template()}
+        text = _render(tokenizer, TALK, **source)
+        with contextlib.suppress(Exception):  # no place for a system message
+            text += _render(tokenizer, TALK, ORDER, **source)
+        texts.add(text)
     return len(texts) > 1
 
 
-def stop_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that end an answer: EOS, and those around the next question.
-
-    Example:
-        >>> stop_words(tokenizer)  # doctest: +SKIP
-        ['<|im_end|>']
-    """
-    return answer_ends(_parse(tokenizer), tokenizer)
-
-
-def opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a model of this tokenizer writes before the words of each answer."""
-    return _parse(tokenizer).opening
-
-
-def answer_ends(template: GoTemplate, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def stop_words(tokenizer: PreTrainedTokenizerBase, template: GoTemplate | None = None) -> list[str]:
+    """The special tokens that end an answer: EOS, and those around the next question."""
+    template = template or take_apart(tokenizer)
     between = template.after_assistant + template.again
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     # A stop word that an answer itself begins with would cut every answer to nothing.
@@ -250,12 +227,7 @@ def answer_ends(template: GoTemplate, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer, and so a GGUF made of it, puts BOS before every text.
-
-    Example:
-        >>> adds_bos(tokenizer)  # doctest: +SKIP
-        False
-    """
+    """Whether the tokenizer, and so a GGUF made of it, puts BOS before every text."""
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 

@@ -123,9 +123,9 @@ def _check_tokens(folder: Path, where: str, config: dict[str, Any]) -> None:
     if not rows or not (folder / "tokenizer.json").is_file():
         return
     content = read(folder / "tokenizer.json")
-    vocabulary = content["model"]["vocab"]
+    vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    count = 1 + max(*ids, *(token["id"] for token in content["added_tokens"]))
+    count = 1 + max([*ids, *(token["id"] for token in added)], default=-1)
     if count > rows:
         raise ValueError(
             f"{where}: its tokenizer has {count:,} tokens and the model {rows:,} rows for them: "

@@ -70,7 +70,7 @@ def run(program: Path) -> Trial:
 def _fault(command: list[object], folder: str) -> str:
     """How the command ended, in words; '' when it did well."""
     try:  # in the scratch folder, where a core file is no harm
-        done = _programs.run(command, timeout=SECONDS, cwd=folder)
+        done = _programs.run_until("PPL =", command, timeout=SECONDS, cwd=folder)
     except subprocess.TimeoutExpired:
         return f"did not end within {SECONDS} seconds"
     except OSError as error:

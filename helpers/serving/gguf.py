@@ -188,19 +188,20 @@ def fidelity(
         for name, path in [(None, float_gguf), *quantized.items()]:
             found = inspect(path)
             extra = ["--kl-divergence"] if name else ["-f", prompt]
-            done = _programs.run([program, "-m", path, *common, *extra])
             label = r"Mean PPL\(Q\) *:" if name else "Final estimate: PPL ="
+            wanted = r"Mean +KLD" if name else f"{label}|at least|]nan"
+            done = _programs.run_until(wanted, [program, "-m", path, *common, *extra])
             perplexity = re.search(label + r" *([\d.]+)", done.stdout)
             divergence = re.search(r"Mean +KLD: *(-?[\d.]+)", done.stdout)
-            if "you need at least" in done.stdout:
-                raise ValueError(
-                    f"text is too short for windows of context={context} tokens: give more "
-                    "text or a smaller context"
-                )
             if re.search(r"[]:] *-?nan", done.stdout):
                 raise ValueError(
                     f"{Path(path).name} holds weights that are no numbers (NaN): its perplexity is "
                     "none either. Look at the training's loss"
+                )
+            if not (name or perplexity or done.returncode or "[1]" in done.stdout):
+                raise ValueError(
+                    f"text is too short for windows of context={context} tokens: give more "
+                    "text or a smaller context"
                 )
             if done.returncode or not perplexity or (name and not divergence):
                 raise _failed(f"llama-perplexity, on {Path(path).name},", done)

@@ -19,7 +19,6 @@ from helpers.serving import _rest
 from helpers.serving._anatomy import (
     GoTemplate,
     adds_bos,
-    answer_ends,
     parse_template,
     quoted,
     stop_words,
@@ -74,7 +73,7 @@ def ollama_modelfile(
     lines.append(f"# Ollama drops what TEMPLATE does not say: tool calls, tool messages, {lost}.")
     if template.default is not None:
         lines.append(f'SYSTEM """{template.default}"""')
-    settings = [("stop", quoted("stop", word)) for word in answer_ends(template, tokenizer)]
+    settings = [("stop", quoted("stop", word)) for word in stop_words(tokenizer, template)]
     for name, value in (parameters or {}).items():
         values = value if name == "stop" and isinstance(value, list | tuple) else [value]
         settings += [(name, _setting(name, each, template)) for each in values]

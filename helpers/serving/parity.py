@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from helpers._report import Finding, Shown, card
 from helpers.serving import _programs
-from helpers.serving._anatomy import adds_bos, collate, opening, stop_words, writes_date
+from helpers.serving._anatomy import adds_bos, collate, stop_words, take_apart, writes_date
 from helpers.serving._rest import Messages
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def template_parity(
     return Parity(len(talks), tuple(compared), skipped, tuple(found))
 
 
-def _training_prompt(tokenizer, number, talk) -> str:
+def _training_prompt(tokenizer, number, talk):
     try:
         return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may raise anything, on purpose too
@@ -177,12 +177,12 @@ def _tokens(tokenizer, expected, got, server):
 
 
 def _stops(tokenizer, modelfile):
-    stops = _fields(modelfile).get("stop", [])
+    stops, template = _fields(modelfile).get("stop", []), take_apart(tokenizer)
     # One token that surely ends an answer is enough: the first of ours.
-    if not set(stop_words(tokenizer)[:1]) & set(stops):
+    if not set(stop_words(tokenizer, template)[:1]) & set(stops):
         yield Difference("missing_stop", WHY["missing_stop"], "ollama")
     for word in stops:
-        if word in opening(tokenizer):
+        if word in template.opening:
             yield Difference("cutting_stop", f"{word!r}: {WHY['cutting_stop']}", "ollama")
 
 

@@ -1,5 +1,6 @@
 """Inputs from the field, tried on what takes a model from a folder to a server."""
 
+import functools
 import gzip
 import json
 import math
@@ -174,6 +175,18 @@ def test_child_of_the_trial_must_compute(tmp_path):
 
 
 @SHELL
+@pytest.mark.field("own", "a program that ended well and lost its last lines")
+def test_child_that_lost_its_last_words_is_run_again(tmp_path):
+    (tmp_path / "mumbles").write_text(
+        "#!/bin/sh\necho x >> count\n[ $(wc -l < count) -lt 3 ] || echo 'PPL = 259.0'\n"
+    )
+    (tmp_path / "mumbles").chmod(0o755)
+    done = _programs.run_until("PPL", [tmp_path / "mumbles"], cwd=tmp_path)
+    assert done.stdout == "PPL = 259.0\n"
+    assert (tmp_path / "count").read_text().count("x") == 3
+
+
+@SHELL
 @pytest.mark.field("own", "a measurement killed after its last line but one")
 def test_child_that_died_after_its_figures_is_not_believed(trial, tmp_path, monkeypatch):
     figures = "Final estimate: PPL = 8.0 Mean PPL(Q) : 8.0 Mean KLD: 0.1"
@@ -209,7 +222,7 @@ def test_child_that_dies_while_answering_is_named(trial, monkeypatch):
     ],
 )
 def test_child_go_is_no_verdict_on_the_template(script, words, tmp_path, monkeypatch):
-    made = models.load_tokenizer(models.EMBEDDED)
+    made = shipped()
     modelfile = serving.ollama_modelfile(made, "x.gguf")
     (tmp_path / "go").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "go").chmod(0o755)
@@ -434,14 +447,23 @@ def test_refused_pair_on_a_tied_head_is_not_sent_to_merging(target, tied, saved,
 
 
 # ── Ollama's Modelfiles ──────────────────────────────────────────────────────────────────
-def shipped(name, special=(), **tokens):
-    """The embedded tokenizer with a chat template that TRL ships."""
+@functools.cache
+def embedded_tokenizer():
     made = models.load_tokenizer(models.EMBEDDED)
-    made.add_tokens(list(special), special_tokens=True)
-    for key, token in tokens.items():
-        setattr(made, key, token)
-    path = Path(trl.__file__).with_name("chat_templates") / f"{name}.jinja"
-    made.chat_template = path.read_text() if path.is_file() else name
+    return made, made.chat_template
+
+
+def shipped(name=None, special=(), eos=None):
+    """The embedded tokenizer with a chat template that TRL ships, one of ours, or its own."""
+    made, own = embedded_tokenizer()
+    made.chat_template = own
+    if special:
+        made = models.load_tokenizer(models.EMBEDDED)
+        made.add_tokens(list(special), special_tokens=True)
+        made.eos_token = eos
+    if name is not None:
+        path = Path(trl.__file__).with_name("chat_templates") / f"{name}.jinja"
+        made.chat_template = name if "{" in name else path.read_text("utf-8")
     return made
 
 
@@ -463,7 +485,7 @@ def test_refused_template_that_writes_the_date(name):
 
 @pytest.mark.field("sgl-project/sglang#3296", "the date of today in a comparison")
 def test_each_day_has_another_prompt_and_the_report_says_so():
-    modelfile = serving.ollama_modelfile(models.load_tokenizer(models.EMBEDDED), "x.gguf")
+    modelfile = serving.ollama_modelfile(shipped(), "x.gguf")
     report = serving.template_parity(shipped("llama3_2"), [QUESTION], modelfile=modelfile)
     assert "not compared: prompts of another day" in str(report)
     report = serving.template_parity(shipped("llama3_1"), [QUESTION], modelfile=modelfile)
@@ -475,7 +497,7 @@ HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")
 
 @pytest.mark.field("ollama/ollama#17939", "a stop word that each answer begins with")
 def test_each_stop_word_ends_an_answer_and_begins_none():
-    made = shipped("gptoss", HARMONY, eos_token="<|return|>")
+    made = shipped("gptoss", HARMONY, "<|return|>")
     # With thoughts first, an answer has <|end|> and <|start|> in its middle as well.
     assert ollama.stop_words(made) == ["<|return|>"]
     made.chat_template = re.sub(r"strftime_now\([^)]*\)", "'2024'", made.chat_template)
@@ -578,14 +600,14 @@ def test_refused_talk_is_numbered():
     ],
 )
 def test_refused_in_a_modelfile(given, error, words):
-    made = models.load_tokenizer(models.EMBEDDED)
+    made = shipped()
     with pytest.raises(error, match=words):
         serving.ollama_modelfile(made, **{"source": "x.gguf"} | given)
 
 
 @pytest.mark.field("own", "several stop words, numbers of NumPy")
 def test_each_stop_word_gets_its_line():
-    made = models.load_tokenizer(models.EMBEDDED)
+    made = shipped()
     settings = {"stop": ["###", "\n\n", 'say "no" more', "<|im_end|>"], "top_p": np.float32(0.5)}
     settings |= {"num_ctx": np.int64(64), "use_mmap": False}
     text = serving.ollama_modelfile(made, "my model.gguf", parameters=settings)
@@ -598,7 +620,7 @@ def test_each_stop_word_gets_its_line():
 @pytest.mark.field("own", "a template with a character that Ollama's parser drops")
 @pytest.mark.parametrize("odd", ["\u200b", "\u00a0"])
 def test_refused_template_with_an_invisible_character(odd):
-    made = models.load_tokenizer(models.EMBEDDED)
+    made = shipped()
     made.chat_template = "{% for m in messages %}[{{ m.role }}]ODD{{ m.content }}{% endfor %}"
     made.chat_template = made.chat_template.replace("ODD", odd)
     with pytest.raises(ValueError, match=r"invisible characters are dropped.*raw"):
@@ -616,7 +638,7 @@ def test_refused_template_with_an_invisible_character(odd):
     ],
 )
 def test_each_spelling_of_a_modelfile_is_read(text):
-    made = models.load_tokenizer(models.EMBEDDED)
+    made = shipped()
     made.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     text = text.replace("{stop}", made.eos_token)
     with_order = text + '\nSYSTEM "Be brief."\n'
