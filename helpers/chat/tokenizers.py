@@ -172,9 +172,12 @@ def prepare_model(model: Model, tokenizer: Tokenizer, *, multiple_of: int = 64) 
         )
     needed = max(tokenizer.get_vocab().values()) + 1
     embedding: Any = model.get_input_embeddings()
+    first = getattr(embedding, "new_tokens", range(len(embedding.weight), 0)).start
     if needed > len(embedding.weight):
         model.resize_token_embeddings(needed, pad_to_multiple_of=multiple_of)
         embedding = model.get_input_embeddings()
+    if needed > first:  # a note for `lora.check_training`: rows that somebody has to train
+        embedding.new_tokens = range(first, needed)
     # An embedding gives its padding row no gradient. Built with pad == eos, it would
     # freeze the input side of the very token that ends an answer.
     if getattr(embedding, "padding_idx", None) is not None:

@@ -203,6 +203,18 @@ def test_kept_templates_whose_last_end_is_eos(tokenizer, name, eos):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.field("LlamaFactory#6749, LlamaFactory#6446, peft#2669", "rows of new tokens")
+def test_each_new_row_is_noted_for_the_check_of_the_adapter(ours):
+    model = chat.prepare_model(blank(ours), ours)
+    assert not hasattr(model.get_input_embeddings(), "new_tokens")
+    count = len(ours)
+    for more in (["<|a|>"], ["<|b|>", "<|c|>"]):
+        chat.prepare_tokenizer(ours, special_tokens=more)
+        chat.prepare_model(chat.prepare_model(model, ours), ours)
+        assert model.get_input_embeddings().new_tokens == range(count, len(ours))
+    assert len(ours) == count + 3
+
+
 # ------------------------------------------------------------- what a message holds
 
 CALLED = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, TOOL, ANSWER]
