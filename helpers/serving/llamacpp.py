@@ -53,10 +53,6 @@ def find(name: str) -> Path | None:
     """As `binary`, but builds nothing: None where no program of that name will do.
 
     Of the course's own builds, one that this processor refuses is passed over.
-
-    Example:
-        >>> find("llama-server") is None  # doctest: +SKIP
-        False
     """
     if chosen := os.environ.get(VARIABLE):
         places = (Path(chosen, inside, name + EXE) for inside in ("", "bin", "build/bin"))
@@ -114,10 +110,6 @@ def options(name: str) -> list[str]:
 
     The number of threads where `OMP_NUM_THREADS` is set; '--no-repack' where the fastest
     kernels are refused. OSError for programs of yours that do not compute either way.
-
-    Example:
-        >>> options("llama-server")  # doctest: +SKIP
-        ['--threads', '2']
     """
     trial = _tried(binary(name).parent)
     if trial.refused:
@@ -132,54 +124,31 @@ def options(name: str) -> list[str]:
 
 
 def trouble() -> str | None:
-    """What is unusual about the llama.cpp at hand, as a sentence; None where nothing is.
-
-    Example:
-        >>> trouble()  # doctest: +SKIP
-    """
+    """What is unusual about the llama.cpp at hand, as a sentence; None where nothing is."""
     path = find("llama-server")
     return str(_tried(path.parent)) or None if path else None
 
 
 def uses_card() -> bool:
-    """Whether the llama.cpp at hand computes on a CUDA card of this machine.
-
-    Example:
-        >>> uses_card()  # doctest: +SKIP
-        False
-    """
+    """Whether the llama.cpp at hand computes on a CUDA card of this machine."""
     path = find("llama-server")
     return path is not None and "CUDA0" in _said(path, "--list-devices")
 
 
 def has_web_page() -> bool:
-    """Whether the server at hand is one that the course built with its web page inside.
-
-    Example:
-        >>> has_web_page()  # doctest: +SKIP
-        False
-    """
+    """Whether the server at hand is one that the course built with its web page inside."""
     path = find("llama-server")
     return path is not None and path.parent in _finished() and "page" in path.parts[-3]
 
 
 def version(program: Path) -> str:
-    """What a program says to `--version`, as one line; '' when it does not answer.
-
-    Example:
-        >>> version(binary("llama-server"))  # doctest: +SKIP
-    """
+    """What a program says to `--version`, as one line; '' when it does not answer."""
     lines = _said(program, "--version").splitlines()
     return next((line for line in lines if line.startswith("version:")), "")
 
 
 def source_folder() -> Path:
-    """The folder with llama.cpp's converters and `gguf-py`; fetched on first use (77 MB).
-
-    Example:
-        >>> source_folder().joinpath("convert_hf_to_gguf.py").is_file()  # doctest: +SKIP
-        True
-    """
+    """The folder with llama.cpp's converters and `gguf-py`; fetched on first use (77 MB)."""
     folder = runtime.cache_folder() / f"llama.cpp-source-{_build.SDIST_SHA256[:12]}"
     return make_once(folder, _build.fetch_source)
 

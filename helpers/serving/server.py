@@ -217,7 +217,7 @@ class LlamaServer:
             raise TypeError("prompt must be one text or its token ids: ask several in turn")
         payload = {"prompt": prompt, "n_predict": whole_number("max_tokens", max_tokens)}
         answer = self.post("/completion", GREEDY | payload | {"stop": list(stop)} | options)
-        return _whole_characters(answer["content"], answer["stop_type"] == "limit")
+        return _whole_characters(answer["content"], answer.get("stop_type") == "limit")
 
     def chat(self, messages: Messages, *, max_tokens: int = 64, **options: Any) -> str:
         """Answer a conversation greedily, through the chat template of the GGUF file.
