@@ -161,7 +161,11 @@ def language_model(model: Any, quantization: str | None = None) -> tuple[Any, st
     if text is not config:
         whole, kind = f", the text part of {kind!r}", text.model_type
         name += ", only its text part counted"
-    if reason := _unlike(text, kind):
+    try:
+        reason = _unlike(text, kind)
+    except RuntimeError as error:  # attributes that differ from layer to layer
+        reason = told(error)
+    if reason:
         raise CannotPredictError(
             f"model: cannot predict {kind!r}{whole}: {reason}. Dense causal models work: Llama, "
             "Mistral, Phi, Qwen, Gemma, OPT, Falcon, GPT-2, SmolLM and their kin."
@@ -195,7 +199,9 @@ def _unlike(config: Any, kind: str) -> str:
         return "its recurrent layers run CUDA kernels that have no CPU twin to trace"
     if hasattr(config, "type_vocab_size") and getattr(config, "is_decoder", None) is False:
         return "it is an encoder, of BERT's kind"
-    return ""
+    shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    absent = [name for name in shape if not isinstance(getattr(config, name, None), int)]
+    return f"its config has no {' and no '.join(absent)}" if absent else ""
 
 
 _OF_SOME_LAYERS = (
@@ -208,7 +214,7 @@ def irregular(config: Any, lora: Any) -> bool:
     """Whether layers may differ, so that only a full trace is honest."""
     lora, layers = getattr(lora, "value", lora), config.num_hidden_layers
     lists = (v for v in config.to_dict().values() if isinstance(v, list | tuple))
-    if any(getattr(lora, name, None) for name in _OF_SOME_LAYERS):
+    if config.is_heterogeneous or any(getattr(lora, name, None) for name in _OF_SOME_LAYERS):
         return True
     for name in _BY_NAME:  # a pattern, or a name with a layer's number, may mean one layer
         given = getattr(lora, name, None) or ()

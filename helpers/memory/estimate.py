@@ -16,7 +16,7 @@ from helpers.memory.cards import AMPERE, Card, find_card, half_dtype, parse_size
 from helpers.memory.report import GIB, PHASES, MemoryEstimate
 
 if TYPE_CHECKING:
-    from helpers.memory._step import Choices, Same
+    from helpers.memory._model import Choices, Same
     from helpers.memory._trace import Trace
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -81,7 +81,7 @@ def estimate_training(
     """
     import torch
 
-    from helpers.memory import _quantized, _step
+    from helpers.memory import _model, _quantized
 
     if gpu is not None:
         parse_size(gpu)  # raises for what is neither a card nor a size
@@ -110,9 +110,9 @@ def estimate_training(
         )
     _check_card(card, dtype=dtype, attention=attention, mixed_precision=mixed_precision)
     config, name = language_model(model, quantization)
-    choices = _step.Choices(
+    choices = _model.Choices(
         quantization=quantization, double_quant=double_quant, dtype=getattr(torch, dtype),
-        lora=_step.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
+        lora=_model.Same(repr(lora.to_dict()), lora) if hasattr(lora, "to_dict") else lora,
         optimizer=optimizer, batch_size=batch_size, sequence_length=sequence_length,
         gradient_checkpointing=gradient_checkpointing, attention=attention,
         mixed_precision={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or ""),
@@ -157,7 +157,7 @@ def _check_card(card: Card | None, **choices: str | None) -> None:
 
 
 def _estimate(name: str, config: Any, choices: Choices, card: Card | None) -> MemoryEstimate:
-    from helpers.memory._step import Same
+    from helpers.memory._model import Same
 
     trace, reserved = _traced(Same(config.to_json_string(use_diff=False), config), choices)
     peak, parts, instant, instants = trace.peak()

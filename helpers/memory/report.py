@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from helpers.memory._step import Choices
+    from helpers.memory._model import Choices
     from helpers.memory._trace import Trace
 
 GIB = 2**30

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from helpers import memory
-from helpers.memory import _cli, _configs, _kernels, _quantized, _step
+from helpers.memory import _cli, _configs, _kernels, _model, _quantized, _step
 from helpers.memory._trace import Ledger
 
 MIB = 2**20
@@ -385,7 +385,7 @@ def test_each_trained_row_of_a_tied_model_is_counted(quantization):
         return
     # the same model, step and loop with real tensors
     run = _step.Choices(
-        lora=_step.Same("rows", rows), dtype=torch.float32, batch_size=2, sequence_length=24,
+        lora=_model.Same("rows", rows), dtype=torch.float32, batch_size=2, sequence_length=24,
         loss="logits", kernels="cpu", attention="eager", gradient_checkpointing=False,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(
