@@ -20,6 +20,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+_WINDOWS = {0xC000001D: signal.SIGILL, 0xC0000005: signal.SIGSEGV}
+
 
 def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bool = False) -> Path:
     """Download a distribution, without its dependencies, into an emptied folder.
@@ -57,13 +59,15 @@ def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bo
 
 
 def how_it_ended(status: int) -> str:
-    """A process's return code in words: a negative one is the signal that killed it."""
-    if status >= 0:
-        return f"ended with status {status}"
+    """A process's return code in words, the signal's name where one killed it.
+
+    Python says -4, a shell in between 132, Windows 0xC000001D.
+    """
+    number = -status if status < 0 else _WINDOWS.get(status, status - 128)
     try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
+        name = signal.Signals(number).name
+    except ValueError:  # no signal of that number
+        return f"was killed by signal {number}" if status < 0 else f"ended with status {status}"
     why = {
         "SIGILL": ": it uses an instruction that this processor or virtual machine refuses",
         "SIGKILL": ": most likely because memory ran out",
