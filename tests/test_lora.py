@@ -502,6 +502,7 @@ CORRECT = {
     "PiSSA": lambda: attached(init_lora_weights="pissa"),
     "OLoRA": lambda: attached(init_lora_weights="olora"),
     "patterns": lambda: attached(rank_pattern={"q_proj": 2}, alpha_pattern={r"1\..*v_proj": 4}),
+    "excluded": lambda: attached(target_modules=["q_proj", "o_proj"], exclude_modules=["o_proj"]),
     "one layer": lambda: attached(layers_to_transform=[1]),
     "an adapted embedding": lambda: attached(target_modules=["embed_tokens", "q_proj"]),
     "biases": lambda: attached(tiny("qwen2"), bias="all", target_modules=["q_proj"]),

@@ -188,6 +188,8 @@ def _unmatched(model: nn.Module) -> list[str]:
             names: Any = getattr(config, field, None)
             if isinstance(names, str | None):  # a regex must fit something, or PEFT refuses
                 continue
+            if field == "target_modules" and getattr(config, "exclude_modules", None):
+                continue  # which may take out what it names
             for said in [names] if isinstance(names, int) else names:
                 wanted = pattern.format(said if "_pattern" in field else re.escape(str(said)))
                 if not any(re.fullmatch(wanted, name) for name in adapted):
