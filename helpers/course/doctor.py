@@ -292,9 +292,11 @@ def explain(error: BaseException | str | None = None) -> Symptom:
     text = _plain(error)
     raised = _raised(text)
     for message in raised or [text]:  # a text without an exception: all of it
-        line, cut = _in_a_line(message), message.replace("\n", "")  # inside a word, too
+        line, wrapped = _in_a_line(message), "\n" in message  # inside a word, too
         for symptom in SYMPTOMS.values():
-            said = _says(symptom.error, line) or _says(symptom.error, cut)
+            said = _says(symptom.error, line)
+            if not said and wrapped:
+                said = _says(symptom.error.replace(" ", ""), line.replace(" ", ""))
             if said and _says(symptom.where or "^", text):
                 return symptom
     line = _in_a_line(text)

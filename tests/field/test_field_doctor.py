@@ -531,6 +531,17 @@ def test_pasted_second_adapter(world):
         get_peft_model(adapted.base_model.model, LoraConfig(target_modules=["q_proj"]))
 
 
+@pytest.mark.field("peft#2018, peft#2777", "LoRA on a tied head or embedding, and merged")
+@pytest.mark.parametrize("tied", ["lm_head", "embed_tokens"])
+def test_pasted_tied_layer(world, tied):
+    with warns("tied_layer"):
+        adapted = world.adapted(target_modules=["q_proj", tied])
+    with warns("tied_layer"):
+        adapted.merge_and_unload()
+    assert "unmerged" in doctor.SYMPTOMS["tied_layer"].cure
+    assert "tied" in doctor.SYMPTOMS["adapter_with_embeddings"].cure
+
+
 @pytest.mark.field("own", "merging into four bits")
 def test_pasted_merge_rounds(world):
     from peft import LoraConfig, get_peft_model
