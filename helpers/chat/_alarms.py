@@ -157,7 +157,7 @@ class Sample:
             return "a question between two answers"
         # Any other role (a system message, an observation): a turn that is not an answer's.
         opening = shared_start(format.header, format.question)
-        answers = tuple(before for before, _ in format.starts if before)
+        answers = tuple(before.lstrip() for before, _ in format.starts if before)
         while format.turn_end and format.turn_end in said:
             said = said.split(format.turn_end, 1)[1]
             turn = said.lstrip()
