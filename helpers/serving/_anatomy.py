@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
 from helpers.serving._rest import Messages
@@ -119,8 +119,10 @@ def parse_template(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
     found = take_apart(tokenizer)
     for text in filter(None, (found.text(), found.default)):
         quoted("tokenizer: its chat template", text, RAW_MODE)
+    if any("{{" in str(text) for text in astuple(found)):
+        raise ValueError(f"tokenizer: its chat template writes {{{{, which Go reads. {RAW_MODE}")
     if writes_date(tokenizer):
-        raise ValueError(f"tokenizer: its chat template writes the date of the day, {DATED}")
+        raise ValueError(f"tokenizer: its chat template writes today's date, {DATED}")
     with contextlib.suppress(Exception):  # it may refuse an empty system message
         found = replace(found, empty=_render(tokenizer, TALK, "") != _render(tokenizer, TALK))
     _check(found, tokenizer)

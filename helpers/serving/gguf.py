@@ -246,7 +246,7 @@ def _write(
         rows = found.tensors["shape"].get("token_embd.weight", (0,))[0]
         if rows and tokens and tokens != f"{rows:,} values":
             raise ValueError(
-                f"the tokenizer has {tokens.removesuffix(' values')} tokens and the embedding "
+                f"the tokenizer has {str(tokens).removesuffix(' values')} tokens and the embedding "
                 f"{rows:,} rows, which llama.cpp will not load for this kind of tokenizer: call "
                 "`model.resize_token_embeddings(len(tokenizer))`, and save the model again"
             )

@@ -73,6 +73,8 @@ class LlamaServer:
             # It says what is wrong with a file better than the server.
             if path and (kind := gguf.inspect(path).metadata.get("general.type", name)) != name:
                 raise ValueError(f"{name}={str(path)!r} is a file of the type {kind!r}")
+        if template is not None and "{" not in template:
+            raise ValueError(f"template must be the text of a Jinja template, not {template!r}")
         self.port, self.template = _free_port(port), template
         self.context, self.slots = whole_number("context", context), whole_number("slots", slots)
         self._process: subprocess.Popen[bytes] | None = None
@@ -202,7 +204,7 @@ class LlamaServer:
         prompt: str | list[int],
         *,
         max_tokens: int = 64,
-        stop: Iterable[str] = (),
+        stop: str | Iterable[str] = (),
         **options: Any,
     ) -> str:
         """Continue a prompt greedily; returns the new text.
@@ -210,13 +212,17 @@ class LlamaServer:
         Args:
             prompt: text as the model should read it, special tokens included, or token ids.
             max_tokens: at most so many new tokens.
-            stop: texts that end the answer (EOS always does).
+            stop: a text that ends the answer, or several (EOS always does).
             options: any other field of `/completion`.
         """
         if not isinstance(prompt, str) and any(isinstance(part, str) for part in prompt):
             raise TypeError("prompt must be one text or its token ids: ask several in turn")
-        payload = {"prompt": prompt, "n_predict": whole_number("max_tokens", max_tokens)}
-        answer = self.post("/completion", GREEDY | payload | {"stop": list(stop)} | options)
+        payload: dict[str, Any] = {
+            "prompt": prompt,
+            "n_predict": whole_number("max_tokens", max_tokens),
+        }
+        payload["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        answer = self.post("/completion", GREEDY | payload | options)
         return _whole_characters(answer["content"], answer.get("stop_type") == "limit")
 
     def chat(self, messages: Messages, *, max_tokens: int = 64, **options: Any) -> str:

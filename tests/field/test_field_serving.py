@@ -476,7 +476,7 @@ DATED = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role }}: {{ m.conte
 @pytest.mark.parametrize("name", ["llama3_2", "gptoss", "muse_glimmer", DATED])
 def test_refused_template_that_writes_the_date(name):
     made = shipped(name)
-    with pytest.raises(ValueError, match=r"writes the date of the day.*re.sub") as error:
+    with pytest.raises(ValueError, match=r"writes today's date.*re.sub") as error:
         serving.ollama_modelfile(made, "x.gguf")
     cure = re.search(r"tokenizer\.chat_template = (re\.sub\(.*\))", str(error.value))[1]
     made.chat_template = eval(cure, {"re": re, "tokenizer": made})
@@ -627,6 +627,13 @@ def test_refused_template_with_an_invisible_character(odd):
         serving.ollama_modelfile(made, "x.gguf")
 
 
+@pytest.mark.field("own", "a template that writes what Go's engine would run")
+def test_refused_template_that_writes_braces():
+    made = shipped("{% for m in messages %}<{{ m.role }} {{ '{{' }}>{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"writes \{\{, which Go reads.*raw"):
+        serving.ollama_modelfile(made, "x.gguf")
+
+
 @GO
 @pytest.mark.field("own", "a Modelfile in Ollama's other spellings")
 @pytest.mark.parametrize(
@@ -656,6 +663,9 @@ def test_refused_before_the_server_starts(trial, tmp_path):
                 serving.LlamaServer(trial, **{name: value})
         with pytest.raises(TypeError, match=f"{name} must be a whole number"):
             serving.LlamaServer(trial, **{name: 1.5})
+    for template in ("", "template.jinja"):
+        with pytest.raises(ValueError, match="template must be the text of a Jinja template"):
+            serving.LlamaServer(trial, template=template)
     with pytest.raises(ValueError, match=r"max_tokens must be at least 1, not -1"):
         serving.LlamaServer(trial).chat(QUESTION, max_tokens=-1)
     lora = gguf_file(tmp_path / "lora.gguf", "adapter", "blk.0.attn_q.weight.lora_a")
@@ -745,6 +755,9 @@ def test_each_answer_is_all_that_the_model_wrote(trial):
         emoji = {"grammar": 'root ::= "👩‍🚀 \ufffd"'}
         for tokens, text in ((1, ""), (4, "👩"), (5, "👩"), (8, "👩\u200d"), (40, "👩‍🚀 \ufffd")):
             assert server.complete("x", max_tokens=tokens, **emoji) == text
+        for stop in ("no", ["no", "never"]):
+            on_and_no = {"grammar": 'root ::= "on and no"', "stop": stop}
+            assert server.complete("x", **on_and_no) == "on and "
         with pytest.raises(TypeError, match="prompt must be one text or its token ids"):
             server.complete(["a", "b"])
         with pytest.raises(ConnectionError, match="HTTP 400"):
