@@ -95,7 +95,7 @@ def converter(monkeypatch, folder, script):
 # ── child processes ──────────────────────────────────────────────────────────────────────
 @SHELL
 @pytest.mark.field(
-    "ggml-org/llama.cpp#28756, ggml-org/llama.cpp#8734, ggml-org/llama.cpp#13678",
+    "llama.cpp#28756, llama.cpp#8734, llama.cpp#13678",
     "a program killed by an illegal instruction",
 )
 @pytest.mark.parametrize("program", ["quantize", "perplexity", "server"])
@@ -294,8 +294,7 @@ SPOILED = {
 
 
 @pytest.mark.field(
-    "ggml-org/llama.cpp#6111, h2oai/h2o-llmstudio#297, huggingface/transformers#27923, "
-    "deepseek-ai/DeepSeek-V3#557",
+    "llama.cpp#6111, h2o-llmstudio#297, transformers#27923, DeepSeek-V3#557",
     "folders with too many tokens, an LFS pointer, a broken config",
 )
 @pytest.mark.parametrize("what", SPOILED)
@@ -306,7 +305,7 @@ def test_refused_folder_says_what_is_wrong_with_it(what, folder, tmp_path):
         gguf.convert_model(folder, tmp_path / "out.gguf")
 
 
-@pytest.mark.field("ggml-org/llama.cpp#8649, ggml-org/llama.cpp#22700", "an unknown pre-tokenizer")
+@pytest.mark.field("llama.cpp#8649, llama.cpp#22700", "an unknown pre-tokenizer")
 def test_refused_pre_tokenizer_has_a_cure(folder, tmp_path, monkeypatch):
     raised = "raise NotImplementedError('BPE pre-tokenizer was not recognized - update x')"
     converter(monkeypatch, tmp_path / "source", raised)
@@ -315,7 +314,7 @@ def test_refused_pre_tokenizer_has_a_cure(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.field("ggml-org/llama.cpp#8649, own", "both refusals, by the real converter")
+@pytest.mark.field("llama.cpp#8649", "both refusals, by the real converter")
 def test_refused_by_the_real_converter(folder, tmp_path):
     made = models.load_tokenizer(models.EMBEDDED)
     made.backend_tokenizer.pre_tokenizer = None
@@ -339,7 +338,7 @@ def adapter(path, base=None, **settings):
     return model
 
 
-@pytest.mark.field("huggingface/peft#2018, own", "an adapter that begins by changing its base")
+@pytest.mark.field("own", "an adapter that begins by changing its base")
 @pytest.mark.parametrize(
     "start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "later"]
 )
@@ -427,7 +426,7 @@ def test_refused_adapter_of_another_kind(saved, tmp_path):
 
 
 @pytest.mark.field(
-    "huggingface/peft#2018, huggingface/peft#2777, ggml-org/llama.cpp#11554",
+    "peft#2018, peft#2777, llama.cpp#11554",
     "LoRA on a tied head or embedding",
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -470,9 +469,7 @@ def shipped(name=None, special=(), eos=None):
 DATED = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-@pytest.mark.field(
-    "sgl-project/sglang#3296, unslothai/unsloth#881", "a template that writes today's date"
-)
+@pytest.mark.field("sglang#3296, unsloth#881", "a template that writes today's date")
 @pytest.mark.parametrize("name", ["llama3_2", "gptoss", "muse_glimmer", DATED])
 def test_refused_template_that_writes_the_date(name):
     made = shipped(name)
@@ -483,7 +480,7 @@ def test_refused_template_that_writes_the_date(name):
     assert "26 Jul 2024" in serving.ollama_modelfile(made, "x.gguf")
 
 
-@pytest.mark.field("sgl-project/sglang#3296", "the date of today in a comparison")
+@pytest.mark.field("sglang#3296", "the date of today in a comparison")
 def test_each_day_has_another_prompt_and_the_report_says_so():
     modelfile = serving.ollama_modelfile(shipped(), "x.gguf")
     report = serving.template_parity(shipped("llama3_2"), [QUESTION], modelfile=modelfile)
@@ -495,7 +492,7 @@ def test_each_day_has_another_prompt_and_the_report_says_so():
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")
 
 
-@pytest.mark.field("ollama/ollama#17939", "a stop word that each answer begins with")
+@pytest.mark.field("ollama#17939", "a stop word that each answer begins with")
 def test_each_stop_word_ends_an_answer_and_begins_none():
     made = shipped("gptoss", HARMONY, "<|return|>")
     # With thoughts first, an answer has <|end|> and <|start|> in its middle as well.
@@ -552,9 +549,7 @@ def test_each_empty_system_message_is_said_as_in_training(name):
 
 
 @GO
-@pytest.mark.field(
-    "sgl-project/sglang#892", "tool messages, late system messages, two users in a row"
-)
+@pytest.mark.field("sglang#892", "tool messages, late system messages, two users in a row")
 @pytest.mark.parametrize("name", ["gemma", "phi3_5", "qwen2_5"])
 def test_each_odd_talk_is_rendered_as_go_renders_it(name):
     made = shipped(name)
