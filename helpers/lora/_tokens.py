@@ -28,7 +28,7 @@ def untrained_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) 
             side = getattr(model, get, lambda: None)()
         table = _innermost(side)
         if used is None:  # the embedding comes first, and may carry `prepare_model`'s note
-            used = getattr(table, "new_tokens", None)
+            used = getattr(side, "new_tokens", getattr(table, "new_tokens", None))
         rows = _as_made(getattr(table, "weight", None))
         known = _surely_used(rows, pad) if used is None else used
         for row in sorted(set(rows).intersection(known) - {pad} - _trained(side, rows)):

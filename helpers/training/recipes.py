@@ -148,7 +148,7 @@ def _check(
         raise ValueError(f"backend='single' is one process, not {processes}; use 'ddp' or 'fsdp2'")
     if args.eval_strategy != "no" or args.eval_on_start:
         raise ValueError(
-            f"args.eval_strategy={str(args.eval_strategy)!r} and eval_on_start="
+            f"args.eval_strategy={_plain('', args.eval_strategy)!r} and eval_on_start="
             f"{args.eval_on_start} need held-out rows, and a recipe has those for training only: "
             "use 'no' and False, and judge the trained model afterwards"
         )
@@ -186,13 +186,15 @@ def _check_tokens(model: str | Path, tokenizer: PreTrainedTokenizerBase) -> None
     from huggingface_hub import try_to_load_from_cache
 
     text = ""
-    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+    for name in ("tokenizer.json", "vocab.json", *_WORDS["files that name more tokens"]):
         path: Any = Path(model, name)
         if not Path(model).is_dir() and str(model).count("/") < 2:
             path = try_to_load_from_cache(str(model), name)
         if isinstance(path, str | Path) and Path(path).is_file():
             text += Path(path).read_text(encoding="utf-8")
-    added = tokenizer.get_added_vocab() if text else ()  # else there is nothing to compare with
+        elif name == "vocab.json" and not text:
+            return  # out of reach, or a vocabulary that is no text
+    added = tokenizer.get_added_vocab()
     if unknown := [t for t in added if json.dumps(t, ensure_ascii=False) not in text]:
         raise ValueError(
             f"tokenizer has tokens that model={str(model)!r} lacks ({', '.join(unknown)}), and "

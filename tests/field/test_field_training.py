@@ -1,6 +1,7 @@
 """Recipes that would have said less than the notebook, and runs judged by what they left."""
 
 import copy
+import json
 import warnings
 from dataclasses import fields
 
@@ -153,7 +154,9 @@ def test_refused_objects_that_a_file_has_no_words_for(export, tmp_path, name, va
 def test_refused_evaluation_without_rows(export, tmp_path):  # noqa: F811
     for number, settings in enumerate(({"eval_strategy": "steps"}, {"eval_on_start": True})):
         args = SFTConfig(str(tmp_path / "x"), **SETTINGS | settings)
-        with pytest.raises(ValueError, match=r"args\.eval_strategy=.* need held-out rows"):
+        with pytest.raises(
+            ValueError, match=r"args\.eval_strategy='(steps|no)' .* need held-out rows"
+        ):
             export(str(number), args=args)
 
 
@@ -189,6 +192,14 @@ def test_refused_tokens_that_the_model_does_not_have(export, tokenizer, tmp_path
     mine.save_pretrained(tmp_path / "grown")
     export(tokenizer=mine, model=tmp_path / "grown")
     export("elsewhere", tokenizer=mine, model="you/a-model-that-is-not-here")
+    (tmp_path / "binary").mkdir()  # a vocabulary that is no text, as SentencePiece's
+    (tmp_path / "binary" / "tokenizer_config.json").write_text("{}")
+    export("unread", tokenizer=mine, model=tmp_path / "binary")
+    (tmp_path / "split").mkdir()  # and OPT's, whose words lie in a file of their own
+    (tmp_path / "split" / "vocab.json").write_text(json.dumps(tokenizer.get_vocab()))
+    export("two files", tokenizer=tokenizer, model=tmp_path / "split")
+    with pytest.raises(ValueError, match="tokenizer has tokens that"):
+        export("no", tokenizer=mine, model=tmp_path / "split")
 
 
 @pytest.mark.field("own", "args that name another eos token than the tokenizer")
