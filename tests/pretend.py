@@ -154,11 +154,12 @@ def pretend_cuda():
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         wanted = any(place is not None and is_card(place) for place in places)
         device_map = {"": "cpu"} if wanted else device_map
-        model = load(cls, *args, device_map=device_map, **settings)
+        found = load(cls, *args, device_map=device_map, **settings)
+        model = found[0] if isinstance(found, tuple) else found  # output_loading_info
         for tensor in (*model.parameters(), *model.buffers()) if wanted else ():
             for part in (tensor, *scales(tensor)):
                 marks.put(part)
-        return model
+        return found
 
     def chosen(args):
         usual = args._setup_devices
