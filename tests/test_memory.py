@@ -50,6 +50,7 @@ TINY = {
     ),
     "falcon": transformers.FalconConfig(hidden_size=32, **SMALL),
 }  # fmt: skip
+SHAPES = ("llama", "opt", "phi3", "gpt2")  # four kinds of layers; the rest have Llama's
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
 
 
@@ -158,8 +159,11 @@ def test_mixed_precision_equals_accelerates_to_the_byte(kind, checkpointing, lor
     assert real != real_peak(TINY[kind], plain), "autocast did something"
 
 
+OTHERS = [pytest.param(k, marks=pytest.mark.slow) for k in TINY if k not in SHAPES]
+
+
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", [*SHAPES, *OTHERS])
 def test_an_extrapolated_short_trace_equals_the_full_one(kind, checkpointing):
     """Event by event: the same sizes in the same order, hence the same blocks."""
     layers = 7
@@ -653,7 +657,7 @@ def test_layers_add_the_same_each_and_checkpointing_keeps_one_vector_per_token()
             config, dtype="float32", sequence_length=256, lora=4, **choices
         ).instants["loss"]
 
-    steps = [at(n + 1) - at(n) for n in (5, 6, 7)]
+    steps = [at(n + 1) - at(n) for n in (5, 6)]
     assert max(steps) - min(steps) <= 4096
     kept = (at(13) - at(5)) / 8
     whole = (at(13, gradient_checkpointing=False) - at(5, gradient_checkpointing=False)) / 8
@@ -959,12 +963,13 @@ def plan(text):
     return _cli.main(parser.parse_args(text.split()))
 
 
-def test_plan_on_the_command_line(capsys):
+def test_plan_on_the_command_line(capsys, tmp_path):
     assert (
         plan("--model SmolLM2-135M-Instruct --quantization nf4 --rank 4 --sequence-length 64") == 0
     )
     assert "peak" in capsys.readouterr().out
-    assert plan("--model SmolLM2-135M-Instruct --rank 8 --fit 1.3GiB --vary batch_size") == 0
+    TINY["llama"].save_pretrained(tmp_path)
+    assert plan(f"--model {tmp_path} --rank 8 --fit 600MB --vary batch_size") == 0
     assert "largest batch_size" in capsys.readouterr().out
     model = "--model SmolLM2-135M-Instruct --rank 8 --sequence-length 64"
     assert plan(f"{model} --gpu T4 --padded") == 0
