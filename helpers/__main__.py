@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     lab.add_argument("--port", type=int, default=8888)
     lab.set_defaults(call=_lab)
     look = commands.add_parser("doctor", help="look at this machine, or at an error")
-    look.add_argument("error", nargs="?", help="a message to look up instead")
+    look.add_argument("error", nargs="*", help="a message to look up instead")
     look.set_defaults(call=_doctor)
     plan = commands.add_parser("plan", help="predict the peak GPU memory of a run")
     if arguments[:1] == ["plan"]:  # the others work where its libraries do not
@@ -86,7 +86,7 @@ def _lab(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.error:
-        print(doctor.explain(options.error))
+        print(doctor.explain(" ".join(options.error)))
         return 0
     print(found := doctor.report())
     return int(found.failed)

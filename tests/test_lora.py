@@ -509,6 +509,9 @@ CORRECT = {
     "the second of two adapters": two_adapters,
     "4 bit, prepared": lambda: attached(prepared(quantized_tiny())),
     "8 bit, prepared": lambda: attached(prepared(quantized_tiny(bits=8))),
+    "4 bit, its norms in bfloat16 (as TRL leaves them)": lambda: attached(
+        quantized_tiny(torch.bfloat16).requires_grad_(False)
+    ),
     "4 bit from bfloat16, prepared": lambda: attached(prepared(quantized_tiny(torch.bfloat16))),
     "GPT-2": lambda: attached(tiny("gpt2"), fan_in_fan_out=True),
     "this module's layer": from_scratch,
@@ -531,9 +534,6 @@ def broken(name):
         return tiny().requires_grad_(False)
     if name == "quantized without adapter":
         return prepared(quantized_tiny())
-    if name == "norms in half precision":
-        model = quantized_tiny(torch.bfloat16).requires_grad_(False)
-        return get_peft_model(model, LoraConfig())
     if name == "unprepared 4 bit without adapter":
         return quantized_tiny()
     model = two_adapters() if "inactive" in name else attached()
@@ -583,7 +583,6 @@ def broken(name):
         ("adapter merged", ["adapter_merged"], "unmerge_adapter"),
         ("base unfrozen", ["base_trainable"], "21 tensors of the base"),
         ("one norm unfrozen", ["base_trainable"], "modules_to_save"),
-        ("norms in half precision", ["norms_half_precision"], "5 norm layers"),
     ],
 )
 def test_check_catches(name, codes, words):

@@ -59,8 +59,8 @@ def check_training(
 
     It looks at flags, settings and numbers and runs nothing. The codes: 'nothing_trainable',
     'adapter_inactive', 'adapter_frozen', 'adapter_merged', 'adapter_dead', 'alpha_zero',
-    'dropout_one', 'not_finite', 'names_unmatched', 'base_trainable', 'norms_half_precision',
-    'new_tokens_untrained', 'no_gradient_path', 'optimizer_misses', 'learning_rate_zero'.
+    'dropout_one', 'not_finite', 'names_unmatched', 'base_trainable', 'new_tokens_untrained',
+    'no_gradient_path', 'optimizer_misses', 'learning_rate_zero'.
 
     Args:
         model: plain, quantized, or with adapters of PEFT or of this package; TypeError when
@@ -122,13 +122,6 @@ def check_training(
             name
             for key, name in trainable.items()
             if (own or kbit) and key not in own and not (biases and name.endswith("bias"))
-        ],
-        "norms_half_precision": [
-            name
-            for name, module in modules.items()
-            if kbit
-            and _modules.is_norm(module)
-            and any(p.itemsize == 2 for p in module.parameters())
         ],
         "new_tokens_untrained": untrained_rows(model, tokenizer),
         "no_gradient_path": [name for name, m in modules.items() if _modules.is_repacked(m)],
@@ -237,8 +230,6 @@ _MESSAGES = {
     "base_trainable": "{n} tensors of the base model train too, such as {first}, and would not "
     "be saved with an adapter: freeze them, or name their modules in "
     "LoraConfig(modules_to_save=...).",
-    "norms_half_precision": "{n} norm layers are in half precision, such as {first}: call "
-    "prepare_model_for_kbit_training(model) before attaching the adapter.",
     "new_tokens_untrained": "rows of new tokens are still the mean of all rows, such as {first}, "
     "and nothing trains them: name them in LoraConfig(trainable_token_indices=...), or their "
     "layer in modules_to_save.",
