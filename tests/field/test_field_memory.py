@@ -142,7 +142,7 @@ def whole(kind, text, entries):
     return {"model_type": kind, "text_config": {"model_type": text, **SMALL, **entries}}
 
 
-@pytest.mark.field("transformers#36683", "wrapper configs: Gemma 3 4B and the like")
+@pytest.mark.field("own", "wrapper configs: Gemma 3 4B and the like")
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_each_model_with_eyes_is_its_text_part(kind):
     text, entries = WRAPPERS[kind]
@@ -155,7 +155,7 @@ def test_each_model_with_eyes_is_its_text_part(kind):
     assert memory.napkin(config) == memory.napkin(alone)
 
 
-@pytest.mark.field("transformers#36683", "plan --model gemma-3-4b.json, --fit too")
+@pytest.mark.field("own", "plan --model gemma-3-4b.json, --fit too")
 def test_each_way_into_the_plan_takes_the_text_part(tmp_path, capsys):
     path = tmp_path / "gemma-3-4b.json"
     path.write_text(json.dumps(whole("gemma3", *WRAPPERS["gemma3"])), encoding="utf-8")
@@ -249,6 +249,7 @@ def test_refused_sequences_longer_than_a_table_of_positions(kind, choices):
         peak(config, sequence_length=160, attention="eager")
 
 
+@pytest.mark.field("own", "rotary positions, longer than the config's")
 def test_kept_rotary_positions_have_no_end():
     config = copy.deepcopy(LLAMA)
     config.max_position_embeddings = 96
@@ -282,7 +283,8 @@ def test_refused_config_files_are_one_sentence(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
-def test_kept_a_config_file_with_a_byte_order_mark(tmp_path):
+@pytest.mark.field("own", "a config file with a byte-order mark (Windows)")
+def test_each_config_file_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "windows.json"
     path.write_text(json.dumps(LLAMA.to_dict()), encoding="utf-8-sig")
     assert peak(path) == peak(LLAMA)
