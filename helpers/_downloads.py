@@ -13,14 +13,13 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
-_WINDOWS = {0xC000001D: signal.SIGILL, 0xC0000005: signal.SIGSEGV}
+from helpers._machine import how_it_ended
 
 
 def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bool = False) -> Path:
@@ -56,24 +55,6 @@ def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bo
         f"pip could not fetch {requirement} ({bar.total / 1e6:.0f} MB, needed once). Check the "
         f"connection and try again. pip {how_it_ended(status)}; pip says:\n{words}"
     )
-
-
-def how_it_ended(status: int) -> str:
-    """A process's return code in words, the signal's name where one killed it.
-
-    Python says -4, a shell in between 132, Windows 0xC000001D.
-    """
-    number = -status if status < 0 else _WINDOWS.get(status, status - 128)
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # no signal of that number
-        return f"was killed by signal {number}" if status < 0 else f"ended with status {status}"
-    why = {
-        "SIGILL": ": it uses an instruction that this processor or virtual machine refuses",
-        "SIGKILL": ": most likely because memory ran out",
-        "SIGSEGV": ": a fault in the program, or a damaged file",
-    }.get(name, "")
-    return f"was killed by {name}{why}"
 
 
 def pip() -> list[str]:

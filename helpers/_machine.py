@@ -1,13 +1,15 @@
-"""What a process may use: the processor, memory and cores, also in a container (all chapters)."""
+"""What a process may use, also in a container, and how one ended (all chapters)."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
+_WINDOWS = {0xC000001D: signal.SIGILL, 0xC0000005: signal.SIGSEGV}
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
 
@@ -102,3 +104,21 @@ def flash_attention_problem() -> str | None:
         built = f"was it built for torch {torch.__version__}?"
         return f"flash-attn is installed and cannot be loaded ({error}); {built}"
     return None
+
+
+def how_it_ended(status: int) -> str:
+    """A process's return code in words, the signal's name where one killed it.
+
+    Python says -4, a shell in between 132, Windows 0xC000001D.
+    """
+    number = -status if status < 0 else _WINDOWS.get(status, status - 128)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # no signal of that number
+        return f"was killed by signal {number}" if status < 0 else f"ended with status {status}"
+    why = {
+        "SIGILL": ": it uses an instruction that this processor or virtual machine refuses",
+        "SIGKILL": ": most likely because memory ran out",
+        "SIGSEGV": ": a fault in the program, or a damaged file",
+    }.get(name, "")
+    return f"was killed by {name}{why}"

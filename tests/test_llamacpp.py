@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 import trial_model
 
-from helpers import runtime
+from helpers import _machine, runtime
 from helpers.course import notebooks
-from helpers.serving import _build, _programs, _trial, gguf, llamacpp
+from helpers.serving import _build, _trial, gguf, llamacpp
 
 BUILDS = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++")) or os.name == "nt",
@@ -288,7 +288,7 @@ def test_the_tiny_file_has_a_layer_of_each_type(tmp_path):
 )
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_negative_status_is_read_as_the_signal_it_is(status, words):
-    assert re.search(words, _programs.how_it_ended(status))
+    assert re.search(words, _machine.how_it_ended(status))
 
 
 # ── fetched ──────────────────────────────────────────────────────────────────────────────

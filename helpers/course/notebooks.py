@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import _downloads, _files
+from helpers import _files, _machine
 from helpers.course import places
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _execute(notebook: NotebookNode, path: Path, progress: bool) -> None:
         source = "\n".join(f"    {line}" for line in running[-1].source.splitlines())
         why = f"failed.\n\n{source}\n\n{error.ename}: {error.evalue}"
     except RuntimeError as error:  # nbclient's, of a kernel that died or never began
-        ended = _downloads.how_it_ended(kernels[-1].wait()) if kernels else f"failed ({error})"
+        ended = _machine.how_it_ended(kernels[-1].wait()) if kernels else f"failed ({error})"
         why = f"did not end: the kernel {ended}."
         if "memory" in ended:
             why += " Close other notebooks and programs, or take a machine with more."

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import _downloads, runtime
+from helpers import _downloads, _machine, runtime
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -266,7 +266,7 @@ def _pip_install(wanted: list[str], held: list[str]) -> None:
         last_words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise RuntimeError(
             f"pip could not install {', '.join(wanted)}: it "
-            f"{_downloads.how_it_ended(done.returncode)}. If the network was away, run this "
+            f"{_machine.how_it_ended(done.returncode)}. If the network was away, run this "
             f"cell again. pip says:\n{last_words}"
         )
 

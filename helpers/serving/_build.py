@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 
-from helpers import _downloads, runtime
+from helpers import _downloads, _machine, runtime
 from helpers.serving import _programs
 
 REQUIREMENT = "llama-cpp-python==0.3.36"
@@ -151,5 +151,5 @@ def _call(command, folder, bar=None):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        ended = _programs.how_it_ended(process.returncode)
+        ended = _machine.how_it_ended(process.returncode)
         raise OSError(f"{' '.join(command[:3])} {ended}:\n{''.join(lines)}")

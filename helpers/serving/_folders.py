@@ -16,9 +16,9 @@ MERGE = (
     "`merge_and_unload()`, save, `gguf.convert_model`"
 )
 TIED = (
-    "LoRA on one of the two cannot be converted, nor merged: the other would change with it. "
-    "Train `modules_to_save` with them instead, or `trainable_token_indices`, or set "
-    "`ensure_weight_tying=True`; those can be merged"
+    "LoRA on one of the two, or on both, cannot be converted, nor merged: they are one matrix, "
+    "and each would change with the other. Train them with `trainable_token_indices`, or with "
+    "`modules_to_save` and `ensure_weight_tying=True`; those can be merged"
 )
 # Settings of LoRA that need nothing beyond a low-rank pair of weights. Any other that is on,
 # of a later PEFT too, is refused by its name.
@@ -171,8 +171,7 @@ def _check_pairs(
     for name in shapes:
         found = re.match(r"base_model\.model\.(.+)\.lora_", name)
         if tied and found and any(layers.get(found[1]) is end for end in ends):
-            cure = MERGE if config.get("ensure_weight_tying") else TIED
-            raise ValueError(f"{where} holds {name}, and the base's head is its embedding. {cure}")
+            raise ValueError(f"{where} holds {name}, and the base's head is its embedding. {TIED}")
     for name, shape in shapes.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         if not match:

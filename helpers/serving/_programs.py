@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 from collections.abc import Iterable
 from typing import Any
@@ -15,8 +14,6 @@ PIPED: dict[str, Any] = {  # nothing asked of the user, all words on one channel
     "encoding": "utf-8",
     "errors": "replace",
 }
-
-WINDOWS = {0xC000001D: signal.SIGILL, 0xC0000005: signal.SIGSEGV}
 
 
 def run(command: Iterable[object], **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -37,24 +34,6 @@ def run_until(
         if done.returncode or re.search(words, done.stdout):
             break
     return done
-
-
-def how_it_ended(status: int) -> str:
-    """A process's return code in words, the signal's name where one killed it.
-
-    Python says -4, a shell in between 132, Windows 0xC000001D.
-    """
-    number = -status if status < 0 else WINDOWS.get(status, status - 128)
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # no signal of that number
-        return f"was killed by signal {number}" if status < 0 else f"ended with status {status}"
-    why = {
-        "SIGILL": ": it uses an instruction that this processor or virtual machine refuses",
-        "SIGKILL": ": most likely because memory ran out",
-        "SIGSEGV": ": a fault in the program, or a damaged file",
-    }.get(name, "")
-    return f"was killed by {name}{why}"
 
 
 def last_lines(said: str, lines: int = 8) -> str:

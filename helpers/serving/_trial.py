@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers import _machine
 from helpers.serving import _programs
 
 MODEL = Path(__file__).with_name("trial.gguf.gz")
@@ -78,4 +79,4 @@ def _fault(command: list[object], folder: str) -> str:
     if done.returncode == 0 and ANSWER in done.stdout:
         return ""
     last = f": {_programs.last_lines(done.stdout, 1)[:200]}" if done.returncode >= 0 else ""
-    return _programs.how_it_ended(done.returncode) + last
+    return _machine.how_it_ended(done.returncode) + last

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers import _machine
 from helpers._checks import one_of
 from helpers._files import atomic_path
 from helpers.serving import _folders, _programs, llamacpp
@@ -220,7 +221,7 @@ def fidelity(
 # ── shared ───────────────────────────────────────────────────────────────────────────────
 def _failed(what: str, done: subprocess.CompletedProcess[str]) -> Exception:
     """For a program that failed: a file may be at fault, unless a signal ended it."""
-    ended, said = _programs.how_it_ended(done.returncode), _programs.last_lines(done.stdout)
+    ended, said = _machine.how_it_ended(done.returncode), _programs.last_lines(done.stdout)
     kind = RuntimeError if "killed" in ended else ValueError
     return kind(f"{what} {ended}. Its last words:\n{said}")
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers import _machine
 from helpers._report import Finding, Shown, card
 from helpers.serving import _programs
 from helpers.serving._anatomy import adds_bos, collate, stop_words, take_apart, writes_date
@@ -220,6 +221,6 @@ def _render_in_go(modelfile: str, talks: list[list]) -> list[str]:
     if done.stderr.startswith("template:"):
         raise ValueError(f"modelfile: Go refuses its TEMPLATE: {done.stderr.strip()}")
     if done.returncode or not done.stdout.endswith("]\n"):  # a list is printed whole or not
-        ended, said = _programs.how_it_ended(done.returncode), _programs.last_lines(done.stderr)
+        ended, said = _machine.how_it_ended(done.returncode), _programs.last_lines(done.stderr)
         raise RuntimeError(f"`go run` {ended} before it had rendered all talks:\n{said}")
     return json.loads(done.stdout)

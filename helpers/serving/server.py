@@ -24,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+from helpers import _machine
 from helpers._checks import whole_number
-from helpers.serving import _programs, _rest, gguf, llamacpp
+from helpers.serving import _rest, gguf, llamacpp
 from helpers.serving._rest import Messages
 
 HOST = "127.0.0.1"
@@ -142,7 +143,7 @@ class LlamaServer:
             time.sleep(0.1)
         how = f"was not ready after {seconds} s"
         if process.poll() is not None:
-            ended = _programs.how_it_ended(process.returncode)
+            ended = _machine.how_it_ended(process.returncode)
             how = f"{ended} instead of serving {self.model.name}"
         raise RuntimeError(f"llama-server {how}. Its last words:\n{self.log()}")
 
@@ -184,7 +185,7 @@ class LlamaServer:
         """
         if self._process is None or self._process.poll() is not None:
             status = self._process.returncode if self._process else None
-            how = "" if status is None else f"it {_programs.how_it_ended(status)}; "
+            how = "" if status is None else f"it {_machine.how_it_ended(status)}; "
             raise RuntimeError(
                 f"the server is not running; {how}use it in a `with` block\n{self.log()}"
             )
@@ -195,7 +196,7 @@ class LlamaServer:
         except (OSError, http.client.HTTPException):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self._process.wait(1)  # a dying server hangs up first
-                how = _programs.how_it_ended(status)
+                how = _machine.how_it_ended(status)
                 raise RuntimeError(f"llama-server {how} while answering.\n{self.log()}") from None
             raise
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from helpers._downloads import how_it_ended
+from helpers._machine import how_it_ended
 
 if TYPE_CHECKING:
     from helpers.training.recipes import Recipe

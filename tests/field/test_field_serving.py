@@ -20,7 +20,7 @@ import trl
 from trial_model import llama
 from trial_model import tokenizer as byte_tokenizer
 
-from helpers import models, serving
+from helpers import _machine, models, serving
 from helpers.serving import _folders, _programs, _rest, _trial, gguf, llamacpp, ollama
 
 SHELL = pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
@@ -129,7 +129,7 @@ def test_child_that_a_signal_killed_names_the_signal(program, signal, trial, tmp
 )
 @SHELL
 def test_child_whose_signal_is_told_in_another_way(status, words):
-    assert _programs.how_it_ended(status).startswith(words)
+    assert _machine.how_it_ended(status).startswith(words)
 
 
 @pytest.mark.field("own", "a converter that ends well and leaves nothing, or half a file")
