@@ -473,6 +473,8 @@ def test_each_config_of_transformers_ends_in_a_number_or_a_sentence():
                 continue
             assert found.peak_bytes > 0
             numbers.append(kind)
+            if kind in numbers[:-1]:
+                continue  # one full trace of a kind is enough
             full = _step.trace(found.config, found.choices).with_allocator()[0]
             assert found.peak_bytes == full.peak()[0], (kind, choices)
         try:
