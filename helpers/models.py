@@ -325,10 +325,5 @@ def embedded_folder() -> Path:
 
 
 def embedded_is_ready() -> bool:
-    """Whether the embedded model is in the cache, complete; fetches nothing.
-
-    Example:
-        >>> embedded_is_ready()  # doctest: +SKIP
-        True
-    """
+    """Whether the embedded model is in the cache, complete; fetches nothing."""
     return _embedded.is_whole(_embedded.path())

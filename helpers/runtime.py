@@ -129,11 +129,7 @@ def start(seed: int = 42) -> Runtime:
 
 
 def quiet() -> None:
-    """Silence progress bars and notices that would bury the lesson; errors stay loud.
-
-    Example:
-        >>> quiet()  # doctest: +SKIP
-    """
+    """Silence progress bars and notices that would bury the lesson; errors stay loud."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

@@ -12,8 +12,6 @@ from helpers.course import notebooks
 ALLOWED = {
     ("Chapter2", "dtype", "dtype=dtype_name"): "the lesson compares what dtypes cost; a "
     "T4 emulates one small forward",
-    ("Chapter3", "dtype", "dtype=dtype)"): "the lesson: what preparing a bfloat16 model "
-    "costs; nothing is multiplied in it",
     ("Chapter3", "dtype", "model.bfloat16()"): "the lesson: what storing in bfloat16 "
     "costs; one small forward",
     ("test_doctor", "dtype", "bf16=True"): "provokes the error; skipped where a card is",

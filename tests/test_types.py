@@ -63,6 +63,11 @@ def handed_out(owner):
     return issubclass(owner, (BaseException, Shown)) or hasattr(owner, "__dataclass_fields__")
 
 
+def asks_nothing(thing):
+    """Whether a function has no parameters: an example would only repeat its name."""
+    return inspect.isfunction(thing) and not inspect.signature(thing).parameters
+
+
 def faults(module):
     """What a module's public things lack, each with its name."""
     for name, thing in things(module):
@@ -70,7 +75,7 @@ def faults(module):
         text = thing.__doc__ or ""
         if not text:
             yield f"{name} has no docstring"
-        elif ">>>" not in text and not (is_class and handed_out(thing)):
+        elif ">>>" not in text and not (handed_out(thing) if is_class else asks_nothing(thing)):
             yield f"{name} has no example (>>>)"
         if not is_class and (missing := without_types(thing)):
             yield f"{name} has no type for {', '.join(missing)}"

@@ -99,9 +99,6 @@ def use_volume() -> None:
     """Let the caches of the Hub and of pip lie on a pod's volume, which survives a stop.
 
     Variables that are already set are kept.
-
-    Example:
-        >>> use_volume()  # doctest: +SKIP
     """
     if not runtime.POD_VOLUME.is_dir():
         return
@@ -161,7 +158,7 @@ def repository_folder() -> Path | None:
     """The course's repository around `helpers`; None where pip installed it alone.
 
     Example:
-        >>> (repository_folder() / "helpers").is_dir()  # doctest: +SKIP
+        >>> (repository_folder() / "helpers").is_dir()
         True
     """
     folder = Path(__file__).resolve().parents[2]
@@ -216,12 +213,7 @@ def _normal(name: str) -> str:
 
 # ── installing it ────────────────────────────────────────────────────────────────────────
 def install_missing() -> None:
-    """Install what `missing` names; says what it did, and nothing where nothing was.
-
-    Example:
-        >>> install_missing()  # doctest: +SKIP
-        Ready. No restart is needed.
-    """
+    """Install what `missing` names; says what it did, and nothing where nothing was."""
     for wanted in _unsatisfied(None, EXTRAS):
         if wanted.name in UNTOUCHED:
             here = runtime.package_version(wanted.name)

@@ -53,6 +53,10 @@ def find(name: str) -> Path | None:
     """As `binary`, but builds nothing: None where no program of that name will do.
 
     Of the course's own builds, one that this processor refuses is passed over.
+
+    Example:
+        >>> find("llama-server") is None  # doctest: +SKIP
+        False
     """
     if chosen := os.environ.get(VARIABLE):
         places = (Path(chosen, inside, name + EXE) for inside in ("", "bin", "build/bin"))
@@ -110,6 +114,10 @@ def options(name: str) -> list[str]:
 
     The number of threads where `OMP_NUM_THREADS` is set; '--no-repack' where the fastest
     kernels are refused. OSError for programs of yours that do not compute either way.
+
+    Example:
+        >>> options("llama-server")  # doctest: +SKIP
+        ['--threads', '2']
     """
     trial = _tried(binary(name).parent)
     if trial.refused:
@@ -142,7 +150,12 @@ def has_web_page() -> bool:
 
 
 def version(program: Path) -> str:
-    """What a program says to `--version`, as one line; '' when it does not answer."""
+    """What a program says to `--version`, as one line; '' when it does not answer.
+
+    Example:
+        >>> version(Path("no-such-program"))
+        ''
+    """
     lines = _said(program, "--version").splitlines()
     return next((line for line in lines if line.startswith("version:")), "")
 

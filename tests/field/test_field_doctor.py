@@ -1314,6 +1314,7 @@ def test_kept_unknown(text):
     assert doctor.explain(text).name == "unknown"
 
 
+@pytest.mark.field("own", "300 ordinary sentences")
 def test_kept_ordinary_sentences_are_unknown():
     lines = (HELPERS / "yoda" / "test.jsonl").read_text("utf-8").splitlines()
     found = [text for row in map(json.loads, lines) for text in list(row.values())[:2]]
@@ -1380,6 +1381,7 @@ def test_pasted_titles_find_their_own_entry(title):
             assert not any(claims) or other.where, other.name
 
 
+@pytest.mark.field("own", "each entry, raised in a test or read")
 def test_kept_every_entry_is_raised_or_read():
     assert len(TITLES) == len(doctor.SYMPTOMS) == sum(map(len, doctor.SECTIONS.values()))
     source = Path(__file__).read_text("utf-8")

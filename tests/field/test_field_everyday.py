@@ -376,11 +376,13 @@ def test_refused_weights_under_other_names(folder, prefix):
 @pytest.mark.field("own", "a folder with an adapter alone, its base here and not here")
 def test_refused_an_adapter_without_its_base(monkeypatch, folder, tmp_path):
     monkeypatch.setattr(runtime, "hub_reachable", lambda: False)
-    base = models.load_model(folder)
+    base = models.load_model(folder, device="cpu")
     tuned = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=False, r=2))
     tuned.save_pretrained(adapter := tmp_path / "adapter")
     inputs = torch.tensor([[1, 2, 3]])
-    assert torch.allclose(models.load_model(adapter)(inputs).logits, tuned(inputs).logits)
+    assert torch.allclose(
+        models.load_model(adapter, device="cpu")(inputs).logits, tuned(inputs).logits
+    )
     assert not torch.allclose(base(inputs).logits, tuned(inputs).logits)
     config = adapter / "adapter_config.json"
     noted = json.loads(config.read_text())

@@ -211,7 +211,7 @@ def flash_as_attention():
 
 
 def build(choices):
-    """The model as `helpers.memory._step.build` imagines it, real, and its optimizer."""
+    """The model as `helpers.memory._model.build` imagines it, real, and its optimizer."""
     import peft
     import torch
     from trl.trainer.utils import add_fused_lm_head
