@@ -21,3 +21,10 @@ def test_every_test_says_its_kind_and_its_thread(path):
             repository, _, number = thread.partition("#")
             assert thread == "own" or (repository and number.isdigit()), thread
         assert given and not set(given) & set("`|\n")
+
+
+def test_readme_counts_them():
+    logged = list(entries())
+    threads = {thread for _, told, *_ in logged for thread in told.split(", ")} - {"own"}
+    page = (HERE.parents[1] / "README.md").read_text("utf-8")
+    assert f"{len(logged)} tests hold them to the right value, with {len(threads)} public" in page
