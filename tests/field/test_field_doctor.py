@@ -542,6 +542,18 @@ def test_pasted_tied_layer(world, tied):
     assert "tied" in doctor.SYMPTOMS["adapter_with_embeddings"].cure
 
 
+@pytest.mark.field("own", "trained token rows of a tied model in SFTTrainer")
+def test_pasted_token_rows_tied(world):
+    from peft import LoraConfig
+
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    trainer = world.trainer(peft_config=rows)
+    with raises("token_rows_tied"):
+        trainer.train()
+    trainer.model.get_output_embeddings().bias = None  # the cure
+    assert trainer.train().training_loss > 0
+
+
 @pytest.mark.field("own", "merging into four bits")
 def test_pasted_merge_rounds(world):
     from peft import LoraConfig, get_peft_model
