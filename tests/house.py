@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from helpers import _files  # noqa: E402
 from helpers.course import doctor, notebooks, places  # noqa: E402
 
+LONGEST = 25  # lines of a cell: more do not fit on a screen
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PAGE = "Troubleshooting.md"
 PICTURE = ".github/before-and-after.png"
@@ -234,6 +235,8 @@ def complaints(notebook):
     found = []
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code, 1):
+        if (lines := len(cell.source.splitlines())) > LONGEST:
+            found.append(f"code cell {number} has {lines} lines; the limit is {LONGEST}")
         if cell.source.strip() and cell.execution_count is None:
             found.append(f"code cell {number} has not been run")
         may_fail = "raises-exception" in cell.metadata.get("tags", [])

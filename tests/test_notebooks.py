@@ -114,6 +114,7 @@ def test_a_cell_may_fail_on_purpose(tmp_path, monkeypatch):
             "a figure without a text alternative",
         ),
         ("from IPython.display import SVG; SVG('<svg><!--/home/me/x--></svg>')", "path"),
+        ("x = 1\n" * 26, "26 lines; the limit is 25"),
     ],
 )
 def test_what_trips_readers_is_not_stored(tmp_path, monkeypatch, source, complaint):

@@ -12,7 +12,7 @@ import pytest
 from chat_families import FAMILIES, conversations, tokenizer
 
 from helpers import serving
-from helpers.serving import ollama
+from helpers.serving import _anatomy
 
 shared = functools.cache(tokenizer)  # for tests that change nothing about it
 
@@ -20,8 +20,8 @@ shared = functools.cache(tokenizer)  # for tests that change nothing about it
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_template_renders_like_jinja(family):
     made = shared(family)
-    template = ollama.parse_template(made)
-    bos = made.bos_token if ollama.adds_bos(made) else ""
+    template = _anatomy.parse_template(made)
+    bos = made.bos_token if _anatomy.adds_bos(made) else ""
     assert bool(bos) == ("bos" in FAMILIES[family])
     for talk in conversations(50, seed=1):
         expected = made.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)

@@ -19,7 +19,8 @@ def untrained_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) 
     names = {id(module): name for name, module in model.named_modules()}
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
-    pad = getattr(config, "pad_token_id", None)
+    pad, eos = (getattr(tokenizer or config, f"{name}_token_id", None) for name in ("pad", "eos"))
+    pad = None if pad in (eos if isinstance(eos, list) else [eos]) else pad  # an end is learned
     used: Collection[int] | None = tokenizer and tokenizer.get_vocab().values()
     found = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -70,8 +71,6 @@ def _as_made(weight: Any) -> range:
 
 def _surely_used(rows: range, pad: int | None) -> range:
     """Of rows that were added, those that must have a token, whoever rounded their number up."""
-    if (
-        pad is not None and pad in rows
-    ):  # `prepare_tokenizer` adds the padding token after all others
+    if pad is not None and pad in rows:  # `prepare_tokenizer` adds it after all others
         return range(rows.start, pad)
     return range(rows.start, rows.stop - math.gcd(rows.stop, 64) + 1)

@@ -79,7 +79,8 @@ def check_training(
     # 'Params4bit' and 'Int8Params', told by name to leave bitsandbytes unimported.
     kbit = any(type(p).__name__ in ("Params4bit", "Int8Params") for p in tensors.values())
 
-    prompt = getattr(model, "prompt_encoder", None)  # of prompt tuning, which adapts no layer
+    configs = getattr(model, "peft_config", {}).values()
+    prompt = getattr(model, "prompt_encoder", None) if configs else None  # which adapts no layer
     own = {id(p) for p in prompt.parameters()} if isinstance(prompt, nn.Module) else set()
     everyone, off, idle, merged = [list[str]() for _ in range(4)]
     active: list[tuple[str, nn.Parameter]] = []
@@ -96,7 +97,6 @@ def check_training(
             idle.append(adapter)
     frozen = [adapter for adapter, parameter in active if not parameter.requires_grad]
 
-    configs = getattr(model, "peft_config", {}).values()
     biases = any(getattr(config, "bias", "none") != "none" for config in configs)
     rates = _learning_rates(optimizer)
     pairs = list(_modules.low_rank_pairs(model))
@@ -115,7 +115,7 @@ def check_training(
         "not_finite": [
             *(name for name, p in tensors.items() if not _is_finite(p)),
             *(f"{name}.scaling" for name, scaling, _ in pairs if not math.isfinite(scaling)),
-            *["the learning rate"] * (math.inf in rates.values()),
+            *["the learning rate"] * any(not math.isfinite(rate or 0) for rate in rates.values()),
         ],
         "names_unmatched": _unmatched(model),
         "base_trainable": [
@@ -175,7 +175,7 @@ def _unmatched(model: nn.Module) -> list[str]:
         adapted = set()
         for name, layer, other, _ in _modules.adapter_parts(model):
             if other == adapter:
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                name = name.rpartition("base_model.model.")[2].replace(".base_layer", "")
                 adapted |= {name, f"{name}.{getattr(layer, 'parameter_name', '')}"}
         for field, pattern in _NAMING.items():
             names: Any = getattr(config, field, None)
@@ -196,14 +196,9 @@ def _listed(names: Iterable[str]) -> str:
 
 
 # How PEFT looks for the names that a field of its config holds.
-_NAMING = {
-    "target_modules": r"(.*\.)?{}",
-    "target_parameters": r"(.*\.)?{}",
-    "modules_to_save": r".*{}",
-    "layers_to_transform": r".*\.{}\..*",
-    "rank_pattern": r"(.*\.)?({})",
-    "alpha_pattern": r"(.*\.)?({})",
-}
+_BY_ENDING = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+_NAMING = dict.fromkeys(_BY_ENDING, r"(.*\.)?({})")
+_NAMING |= {"modules_to_save": r".*{}", "layers_to_transform": r".*\.{}\..*"}
 _CURES = {
     "adapter": "its adapter is the part to unfreeze",
     "quantized": "quantized weights cannot train by themselves: attach an adapter",

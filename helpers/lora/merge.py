@@ -55,6 +55,7 @@ def merge_error(
             "a variant such as DoRA": layer.lora_variant,
             "repacked for CPU inference (see check_training)": is_repacked(base),
             "trained with lora_bias, on a base without a bias": biased,
+            "without data (meta or offloaded)": next(base.parameters()).is_meta,
         }.items():
             if wrong:
                 raise ValueError(f"{name} is {state}; merge_error needs unmerged, plain LoRA")
@@ -107,16 +108,14 @@ def _dequantized(base: nn.Module, weight: Any) -> torch.Tensor:
 
 
 def _read_4bit(codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """`dequantize_4bit`, block by block.
+    """`dequantize_4bit` as one long row, which is right everywhere.
 
-    By rows, bitsandbytes' kernel for AVX512 restarts the blocks at each of them, which is
-    wrong where a row is no multiple of a block.
+    By rows, bitsandbytes' kernel for AVX512 restarts the blocks at each of them.
     """
     import bitsandbytes.functional as bnb
 
-    size, flat = state.shape.numel(), copy.copy(state)
-    row = size if size % state.blocksize else state.blocksize
-    flat.shape = torch.Size((size // row, row))
+    flat = copy.copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
     return bnb.dequantize_4bit(codes, flat).reshape(state.shape).float()
 
 

@@ -172,7 +172,7 @@ def language_model(model: Any, quantization: str | None = None) -> tuple[Any, st
         )
     stored: Any = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = str(stored.get("quant_method", "")).split(".")[-1].lower()
+    method = str(stored.get("quant_method", "")).split(".")[-1].lower().replace("_", "")
     if stored and ("bitsandbytes" not in method or quantization is None):
         raise CannotPredictError(
             f"model: the weights of {name!r} are stored quantized ({method or 'some way'}); pass "

@@ -35,12 +35,11 @@ def trace(config: Any, run: Choices) -> Trace:
     On the meta device, three times as quick, where that can be: autocast knows no such device,
     a CPU's kernels are not its own, and some models ask for a value. Else on fakes of the CPU.
     """
-    if run.kernels == "cuda" and run.mixed_precision is None:
+    asks = run.packing and run.attention != "flash_attention_2"  # where the rows of a pack begin
+    if run.kernels == "cuda" and run.mixed_precision is None and not asks:
         try:
             return _trace(config, run, meta=True)
-        except CannotPredictError:
-            raise
-        except Exception as error:  # fakes get further, or tell the same
+        except RuntimeError as error:  # a value was asked for: fakes get further, or tell the same
             logging.getLogger(__name__).debug("not on the meta device: %s", error)
     return _trace(config, run, meta=False)
 

@@ -119,7 +119,7 @@ def parse_template(tokenizer: PreTrainedTokenizerBase) -> GoTemplate:
     found = take_apart(tokenizer)
     for text in filter(None, (found.text(), found.default)):
         quoted("tokenizer: its chat template", text, RAW_MODE)
-    if any("{{" in str(text) for text in astuple(found)):
+    if any("{{" in f"{text}{{" for text in astuple(found)):
         raise ValueError(f"tokenizer: its chat template writes {{{{, which Go reads. {RAW_MODE}")
     if writes_date(tokenizer):
         raise ValueError(f"tokenizer: its chat template writes today's date, {DATED}")
@@ -176,7 +176,7 @@ def _check(template: GoTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
     # Whatever a template looks for inside a message stands in it, in quotes.
     words = _literals(tokenizer)
     odd = [HARD, " ".join(words), *(f"{word} so {word} it {word}" for word in words)]
-    talks = [TALK[:1], TALK, *((each, each, "And?") for each in odd), ("", "", "And?")]
+    talks = [TALK[:1], TALK, *((each, each, "And?") for each in odd), (TALK[0], "", "And?")]
     for system in (None, ORDER, HARD, "") if template.system is not None else (None,):
         for talk in talks:
             try:
@@ -205,15 +205,7 @@ def _literals(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes the date of the day into prompts."""
-    texts = set()
-    for year in (2001, 2012):
-        clock = f"{{% macro strftime_now(form) %}}{year}{{% endmacro %}}"
-        source = {"chat_template": clock + tokenizer.get_chat_template()}
-        text = _render(tokenizer, TALK, **source)
-        with contextlib.suppress(Exception):  # no place for a system message
-            text += _render(tokenizer, TALK, ORDER, **source)
-        texts.add(text)
-    return len(texts) > 1
+    return "strftime_now(" in tokenizer.get_chat_template()
 
 
 def stop_words(tokenizer: PreTrainedTokenizerBase, template: GoTemplate | None = None) -> list[str]:

@@ -68,7 +68,10 @@ def check_model(folder: Path) -> None:
             f"{where} holds an adapter: use `convert_adapter`, or merge it "
             "(`model.merge_and_unload()`), save the whole model and convert that"
         )
-    config = {path.name: read(path) for path in sorted(folder.glob("*.json"))}["config.json"]
+    config = read(folder / "config.json")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read(folder / name)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         raise ValueError(
@@ -120,7 +123,10 @@ def weights(path: Path) -> dict[str, list[int]]:
 
 def _check_tokens(folder: Path, where: str, config: dict[str, Any]) -> None:
     rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if not rows or not (folder / "tokenizer.json").is_file():
+    # Beside a tokenizer.model the converter passes over ids without a row (Gemma 3's).
+    if not rows or (folder / "tokenizer.model").is_file():
+        return
+    if not (folder / "tokenizer.json").is_file():
         return
     content = read(folder / "tokenizer.json")
     vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []

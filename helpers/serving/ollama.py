@@ -16,19 +16,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from helpers.serving import _rest
-from helpers.serving._anatomy import (
-    GoTemplate,
-    adds_bos,
-    parse_template,
-    quoted,
-    stop_words,
-)
+from helpers.serving._anatomy import GoTemplate, parse_template, quoted, stop_words
 from helpers.serving._rest import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["adds_bos", "ollama_chat", "ollama_modelfile", "parse_template", "stop_words"]
+__all__ = ["ollama_chat", "ollama_modelfile"]
 
 PORTS = {"": 11434, "http": 80, "https": 443}  # where an address names no port
 # What a server listens on to be seen from everywhere is no place to call.
@@ -71,7 +65,7 @@ def ollama_modelfile(
     lost = "system messages after the first" if template.system is not None else "system messages"
     lines.append(f'TEMPLATE """{template.text()}"""')
     lines.append(f"# Ollama drops what TEMPLATE does not say: tool calls, tool messages, {lost}.")
-    if template.default is not None:
+    if template.default:
         lines.append(f'SYSTEM """{template.default}"""')
     settings = [("stop", quoted("stop", word)) for word in stop_words(tokenizer, template)]
     for name, value in (parameters or {}).items():

@@ -190,7 +190,7 @@ def _stops(tokenizer, modelfile):
 def _fields(modelfile: str) -> dict[str, list[str]]:
     """The TEMPLATE, SYSTEM and stop texts of a Modelfile, as Ollama's parser reads them."""
     found: dict[str, list[str]] = {}
-    line = r'(?ims)^[ \t]*(template|system|parameter[ \t]+stop)[ \t]+("""(.*?)"""|[^\n]*)'
+    line = r'(?ims)^[ \t]*(license|template|system|parameter[ \t]+stop)[ \t]+("""(.*?)"""|[^\n]*)'
     for name, text, inside in re.findall(line, modelfile):
         text = text.strip()
         quoted = len(text) > 1 and text[0] == text[-1] == '"'

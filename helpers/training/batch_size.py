@@ -131,6 +131,7 @@ def _longest_rows(trainer: SFTTrainer) -> list[dict[str, Any]]:
         )
     if not hasattr(dataset, "__len__"):
         raise ValueError("trainer.train_dataset streams: give a Dataset, whose longest rows show")
+    dataset = dataset.with_format(None)  # lists, whatever was asked for
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     # Of equally long rows, as max_length and packing make them, those with most to score first.

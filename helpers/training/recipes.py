@@ -195,7 +195,8 @@ def _check_tokens(model: str | Path, tokenizer: PreTrainedTokenizerBase) -> None
         elif name == "vocab.json" and not text:
             return  # out of reach, or a vocabulary that is no text
     added = tokenizer.get_added_vocab()
-    if unknown := [t for t in added if json.dumps(t, ensure_ascii=False) not in text]:
+    spelled = {token: {json.dumps(token), json.dumps(token, ensure_ascii=False)} for token in added}
+    if unknown := [token for token, ways in spelled.items() if not any(w in text for w in ways)]:
         raise ValueError(
             f"tokenizer has tokens that model={str(model)!r} lacks ({', '.join(unknown)}), and "
             "`trl sft` loads the model's own: save model and tokenizer, after "

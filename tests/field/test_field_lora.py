@@ -276,10 +276,10 @@ def test_each_model_must_be_finite():
     assert check_training(model).codes == ["not_finite"]
     assert "q_proj.scaling" in str(check_training(attached(lora_alpha=math.nan)))
     assert check_training(attached(lora_alpha=math.inf)).codes == ["not_finite"]
-    optimizer = torch.optim.SGD(tiny().parameters(), lr=math.inf)
     model = tiny()
-    optimizer = torch.optim.SGD(model.parameters(), lr=math.inf)
-    assert "such as the learning rate" in str(check_training(model, optimizer))
+    for rate in (math.inf, math.nan):
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": rate}])
+        assert "such as the learning rate" in str(check_training(model, optimizer))
     with torch.device("meta"):
         assert check_training(tiny()).ok  # nothing to look at
 
@@ -448,6 +448,27 @@ def test_each_way_of_growing_is_noticed():
     padded.resize_token_embeddings(103, pad_to_multiple_of=64)
     padded.get_input_embeddings().new_tokens = range(100, 103)
     assert "row 100 of" in str(check_training(get_peft_model(padded, LoraConfig())))
+
+
+@pytest.mark.field("own", "a new padding token, and a new end of turn that pads as well")
+def test_each_padding_is_looked_up_in_the_tokenizer(tokenizer):
+    for names, codes in ((["pad"], []), (["pad", "eos"], ["new_tokens_untrained"])):
+        made = copy.deepcopy(tokenizer)
+        made.add_special_tokens({f"{name}_token": "<|new|>" for name in names})
+        model = tiny(vocab_size=len(tokenizer))
+        model.resize_token_embeddings(len(made))
+        model = get_peft_model(model, LoraConfig())
+        assert check_training(model, tokenizer=made).codes == codes
+
+
+@pytest.mark.field("own", "a compiled model with a pattern; a model with a prompt encoder")
+def test_kept_compiled_models_and_prompt_encoders():
+    pattern = {"^model.layers.0.self_attn.q_proj": 4}
+    model = get_peft_model(tiny(), LoraConfig(rank_pattern=pattern))
+    assert check_training(torch.compile(model)).ok
+    sam = nn.ModuleDict({"head": nn.Linear(2, 2)})
+    sam.prompt_encoder = nn.Linear(2, 2)
+    assert check_training(sam).ok
 
 
 @pytest.mark.field("own", "models that are no language models of transformers")

@@ -21,7 +21,7 @@ from trial_model import llama
 from trial_model import tokenizer as byte_tokenizer
 
 from helpers import _machine, models, serving
-from helpers.serving import _folders, _programs, _rest, _trial, gguf, llamacpp, ollama
+from helpers.serving import _anatomy, _folders, _programs, _rest, _trial, gguf, llamacpp
 
 SHELL = pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
 GO = pytest.mark.skipif(not shutil.which("go"), reason="needs Go: apt-get install golang-go")
@@ -175,6 +175,15 @@ def test_child_of_the_trial_must_compute(tmp_path):
 
 
 @SHELL
+@pytest.mark.field("own", "a measurement that ends well and says something else")
+def test_child_without_figures_is_no_short_text(trial, tmp_path, monkeypatch):
+    mute = programs(tmp_path / "bin", perplexity="echo the disk is full")
+    monkeypatch.setenv(llamacpp.VARIABLE, str(mute))
+    with pytest.raises(ValueError, match="the disk is full"):
+        gguf.fidelity(trial, {"same": trial}, "Once. " * 200)
+
+
+@SHELL
 @pytest.mark.field("own", "a program that ended well and lost its last lines")
 def test_child_that_lost_its_last_words_is_run_again(tmp_path):
     (tmp_path / "mumbles").write_text(
@@ -303,6 +312,16 @@ def test_refused_folder_says_what_is_wrong_with_it(what, folder, tmp_path):
     spoil(folder)
     with pytest.raises(ValueError, match=words):
         gguf.convert_model(folder, tmp_path / "out.gguf")
+
+
+@pytest.mark.field(
+    "transformers#37011, llama.cpp#12876", "an id without a row beside a tokenizer.model"
+)
+def test_kept_folder_with_a_spare_id_and_other_files(folder):
+    more_tokens(folder)
+    (folder / "tokenizer.model").write_bytes(b"")
+    (folder / "predictions.json").write_text('{"a": 1}\n{"a": 2}\n')
+    _folders.check_model(folder)
 
 
 @pytest.mark.field("llama.cpp#8649, llama.cpp#22700", "an unknown pre-tokenizer")
@@ -496,7 +515,7 @@ HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")
 def test_each_stop_word_ends_an_answer_and_begins_none():
     made = shipped("gptoss", HARMONY, "<|return|>")
     # With thoughts first, an answer has <|end|> and <|start|> in its middle as well.
-    assert ollama.stop_words(made) == ["<|return|>"]
+    assert _anatomy.stop_words(made) == ["<|return|>"]
     made.chat_template = re.sub(r"strftime_now\([^)]*\)", "'2024'", made.chat_template)
     for stop in ("<|message|>", "<|channel|>", "final"):
         with pytest.raises(ValueError, match=r"parameters\['stop'\].*cut it to nothing"):
@@ -554,7 +573,7 @@ def test_each_empty_system_message_is_said_as_in_training(name):
 def test_each_odd_talk_is_rendered_as_go_renders_it(name):
     made = shipped(name)
     modelfile = serving.ollama_modelfile(made, "x.gguf")
-    parsed = ollama.parse_template(made)
+    parsed = _anatomy.parse_template(made)
     told = [message("system", parsed.default)] if parsed.default is not None else []
     rendered = serving.parity._render_in_go(modelfile, ODD)
     for talk, text in zip(ODD, rendered, strict=True):
@@ -623,10 +642,29 @@ def test_refused_template_with_an_invisible_character(odd):
 
 
 @pytest.mark.field("own", "a template that writes what Go's engine would run")
-def test_refused_template_that_writes_braces():
-    made = shipped("{% for m in messages %}<{{ m.role }} {{ '{{' }}>{{ m.content }}{% endfor %}")
+@pytest.mark.parametrize("odd", ["{{", "x{"])
+def test_refused_template_that_writes_braces(odd):
+    template = "{% for m in messages %}<{{ m.role }}>{{ 'ODD' }}{{ m.content }}{% endfor %}"
+    made = shipped(template.replace("ODD", odd))
     with pytest.raises(ValueError, match=r"writes \{\{, which Go reads.*raw"):
         serving.ollama_modelfile(made, "x.gguf")
+
+
+@pytest.mark.field("own", "a template that trims system and question as one text (Llama 2's way)")
+def test_kept_template_that_trims_both_together():
+    made = shipped(
+        "{% set ns = namespace(s='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.s = '<<SYS>>' + m.content + '<</SYS>>\n\n' %}{% elif m.role == 'user' %}"
+        "[INST] {{ (ns.s + m.content).strip() }} [/INST]{% set ns.s = '' %}"
+        "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    )
+    assert "[INST]" in serving.ollama_modelfile(made, "x.gguf")
+
+
+@pytest.mark.field("own", "a LICENSE whose lines begin like commands")
+def test_each_license_is_one_text():
+    text = 'FROM x\nLICENSE """GPL\n   system (if any) on which it runs\n"""\nSYSTEM "Be kind."\n'
+    assert serving.parity._fields(text)["system"] == ["Be kind."]
 
 
 @GO

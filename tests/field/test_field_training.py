@@ -191,6 +191,9 @@ def test_refused_tokens_that_the_model_does_not_have(export, tokenizer, tmp_path
     assert not (tmp_path / "recipe").exists()
     mine.save_pretrained(tmp_path / "grown")
     export(tokenizer=mine, model=tmp_path / "grown")
+    file = tmp_path / "grown" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8"))))  # ü as an escape
+    export("escaped", tokenizer=mine, model=tmp_path / "grown")
     export("elsewhere", tokenizer=mine, model="you/a-model-that-is-not-here")
     (tmp_path / "binary").mkdir()  # a vocabulary that is no text, as SentencePiece's
     (tmp_path / "binary" / "tokenizer_config.json").write_text("{}")
@@ -297,7 +300,9 @@ def test_each_length_is_measured_on_its_dearest_row(tmp_path):
     ids = list(range(100, 164))
     few = {"input_ids": ids, "labels": [-100] * 60 + ids[60:]}
     many = {"input_ids": ids, "labels": ids}
-    peaks = [training.measure_step(trainer(tmp_path, rows)) for rows in ([few, many], [many])]
+    made = [trainer(tmp_path, rows) for rows in ([few, many], [many])]
+    made[0].train_dataset = made[0].train_dataset.with_format("torch")  # a format changes nothing
+    peaks = [training.measure_step(one) for one in made]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
     assert training.measure_step(trainer(tmp_path, [few])) < 0.8 * peaks[1]
 
