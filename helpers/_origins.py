@@ -43,10 +43,10 @@ def reading(origin: str, what: str) -> Iterator[bool]:
                 f"{origin} holds an adapter alone, and its base model {base!r} is not here: load "
                 "that one, then peft.PeftModel.from_pretrained(model, folder)"
             ) from error
-        if not folder.is_dir() and (owner.is_dir() or owner.name == "outputs"):
-            raise ValueError(f"name={origin!r}: no such folder in {Path.cwd()}") from error
         if folder.is_dir() or not local_only:
             raise
+        if owner.is_dir() or owner.name == "outputs":
+            raise ValueError(f"name={origin!r}: no such folder in {Path.cwd()}") from error
         raise OSError(
             f"There is no folder {origin!r} here; as a Hub id, it is not in the local cache, and "
             "the Hugging Face Hub cannot be reached. Connect once to download it, or use the "

@@ -3,19 +3,23 @@
 Three questions, from strict to kind: is the answer exactly the reference; how close is its
 text (chrF); is it at least a reordering of the right words, which may be fine Yoda-speak
 that the reference's author did not choose. Case, punctuation at the end and interjections
-such as "Yes, hrrrm," are ignored by all three.
+such as "Yes, hrrrm," are ignored by all three. Each score comes with its 95 % interval:
+between which values would it lie on most other sets of as many such sentences?
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from helpers import data
-from helpers._checks import whole_number
+from helpers._checks import one_of, whole_number
 from helpers._report import Shown, card, counted, escape, shorten, table
 from helpers.generation import check_conversation, generate
 
@@ -23,10 +27,88 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ADDED_WORDS = ("you", "must")  # what a translated command may add (see helpers/yoda)
+_ADDED_WORDS = ["you", "must"]  # what a translated command may add (see helpers/yoda)
+# A sentence that begins with one of these is no command: it has a subject, or asks.
+_NO_COMMAND = """a all am an another any anybody anyone are aren't both can can't could did didn't
+does doesn't each either every everybody everyone everything few four had has hasn't have he her
+here his how i is isn't it its many may maybe might most must my neither no nobody nothing one
+only our perhaps several shall she should some somebody someone something than that the their
+there these they this those three today two was wasn't we were weren't what when where which
+who whose why will won't would yesterday you your"""
+METRICS = ("exact_match", "valid_order", "chrf")
+_RESAMPLES = 2000  # sets of sentences that a bootstrap draws
 _SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
 _NO_TEXT = ("tool_calls", "reasoning_content")  # what a message may say beside its text
 _MOST_ROWS = 12  # of a report in a notebook
+
+
+class Interval(NamedTuple):
+    """A mean, and the two ends of its 95 % interval, all in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".1f"
+        low_and_high = spec.removeprefix("+")
+        return f"{self.mean:{spec}} ({self.low:{low_and_high}} to {self.high:{low_and_high}})"
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+def interval(
+    values: Sequence[float],
+    *,
+    over: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Interval:
+    """The mean of a value per sentence and its 95 % bootstrap interval (Efron, 1979).
+
+    2,000 times, as many sentences are drawn from these, with repetition, and their mean is
+    taken; 95 % of those means lie between the two ends. The draw is always the same.
+
+    Args:
+        values: one number per sentence, such as its loss.
+        over: the same sentences' values from another model. The interval is then that of the
+            difference, sentence by sentence (a *paired* bootstrap), which is far narrower
+            than two intervals that are compared by eye. It says more than chance when it
+            does not hold 0.
+        weights: how much each sentence counts, such as its number of tokens.
+
+    Raises:
+        ValueError: no values, some that are not finite, or lists of different lengths.
+
+    Example:
+        >>> losses = [0.9, 1.1, 1.0, 1.2]
+        >>> print(f"{interval([0.5, 0.8, 0.6, 0.9], over=losses):.2f}")
+        -0.35 (-0.40 to -0.30)
+    """
+    each = np.asarray(values, dtype=float)
+    others = np.zeros_like(each) if over is None else np.asarray(over, dtype=float)
+    counts = np.ones_like(each) if weights is None else np.asarray(weights, dtype=float)
+    if not each.shape == others.shape == counts.shape or each.ndim != 1 or not each.size:
+        raise ValueError(
+            "values (and over and weights) must be equally long lists, and not empty; their "
+            f"shapes are {each.shape}, {others.shape} and {counts.shape}"
+        )
+    each = each - others
+    if not np.isfinite(each).all() or not (counts.sum() > 0 <= counts.min()):
+        raise ValueError("values must be finite numbers, and weights positive ones")
+    drawn = _draw(len(each))
+    means = (each * counts)[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1e-300)
+    return Interval(float(np.average(each, weights=counts)), *_middle(means))
+
+
+def _draw(count: int) -> np.ndarray:
+    """Which sentences each resample holds, (resamples, count)."""
+    return np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+
+
+def _middle(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -62,10 +144,58 @@ class Report(Shown):
     examples: list[Example]
 
     def __str__(self) -> str:
+        exact, valid, chrf = map(self.interval, METRICS)
         return (
-            f"{counted(len(self.examples), 'sentence')}: exact match {self.exact_match:.1f} %, "
-            f"valid word order {self.valid_order:.1f} %, chrF {self.chrf:.1f}"
+            f"{counted(len(self.examples), 'sentence')}: exact match {exact.mean:.1f} % "
+            f"({exact.low:.1f} to {exact.high:.1f}), valid word order {valid.mean:.1f} % "
+            f"({valid.low:.1f} to {valid.high:.1f}), chrF {chrf}"
         )
+
+    def interval(self, metric: str = "exact_match", *, over: Report | None = None) -> Interval:
+        """A score with its 95 % interval, or how much it gained.
+
+        A share of sentences has Wilson's interval, which also says something where all of
+        them are right; chrF and every gain have a bootstrap's (see `evaluation.interval`).
+
+        Args:
+            metric: 'exact_match', 'valid_order' or 'chrf'.
+            over: an earlier report on the same sentences; the interval is then that of the
+                gain over it, sentence by sentence.
+
+        Raises:
+            ValueError: an unknown metric, or a report on other sentences.
+        """
+        one_of("metric", metric, METRICS)
+        if over is not None and self._asked() != over._asked():
+            raise ValueError("over judges other sentences: a gain compares the same ones")
+        if metric == "chrf":
+            drawn = _draw(len(self.examples))
+            chrfs = self._chrfs(drawn)
+            mean = self.chrf
+            if over is not None:
+                mean, chrfs = mean - over.chrf, chrfs - over._chrfs(drawn)
+            return Interval(mean, *_middle(chrfs))
+        if over is not None:
+            return interval(self._right(metric), over=over._right(metric))
+        return _wilson(self._right(metric))
+
+    def _asked(self) -> list[tuple[str, str]]:
+        return [(example.sentence, example.reference) for example in self.examples]
+
+    def _right(self, metric: str) -> list[float]:
+        """100 or 0 for each sentence."""
+        name = {"exact_match": "exact"}.get(metric, metric)
+        return [100.0 * getattr(example, name) for example in self.examples]
+
+    def _chrfs(self, drawn: np.ndarray) -> np.ndarray:
+        """chrF of each resample, from the n-gram counts that sacrebleu's own bootstrap adds."""
+        from sacrebleu.metrics import CHRF
+
+        score = CHRF()
+        answers = [_normalize(example.answer) for example in self.examples]
+        references = [_normalize(example.reference) for example in self.examples]
+        counts = np.array(score._extract_corpus_statistics(answers, [references]))
+        return np.array([score._compute_f_score(counts[rows].sum(0)) for rows in drawn])
 
     def _repr_html_(self) -> str:
         # Failures first: they teach more than successes.
@@ -73,6 +203,14 @@ class Report(Shown):
         rows = [(e.sentence, e.reference, shorten(e.answer), e.verdict) for e in shown[:_MOST_ROWS]]
         head = ("sentence", "reference", "answer", "verdict")
         return card(str(self), html=f"<p>{escape(str(self))}</p>{table(rows, head)}")
+
+
+def _wilson(right: Sequence[float]) -> Interval:
+    """The share of `right` (0 or 100 each) with Wilson's 95 % interval (1927)."""
+    count, share, z = len(right), sum(right) / len(right) / 100, 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return Interval(100 * share, 100 * max(0.0, middle - half), 100 * min(1.0, middle + half))
 
 
 def evaluate(
@@ -162,7 +300,8 @@ def judge(sentences: Sequence[str], references: Sequence[str], answers: Sequence
 
     Example:
         >>> print(judge(["The tea is hot."], ["Hot, the tea is."], ["hot the tea is"]))
-        1 sentence: exact match 0.0 %, valid word order 100.0 %, chrF 66.7
+        1 sentence: exact match 0.0 % (0.0 to 79.3), valid word order 100.0 % (20.7 to 100.0), \
+chrF 66.7 (66.7 to 66.7)
     """
     from sacrebleu.metrics import CHRF
 
@@ -195,20 +334,31 @@ def valid_order(sentence: str, answer: str) -> bool:
 
     Args:
         sentence: what was asked.
-        answer: a command may gain "you must"; the original order is not valid.
+        answer: the original order is not valid, but a command may stay whole and end in "you
+            must". A command is a sentence that is no question and whose first word is
+            neither a subject's nor an auxiliary; of our 2,278 sentences, that takes every
+            command for one, and 1 % of the others, such as "Penguins are swimming.".
 
     Example:
         >>> valid_order("The tea is hot.", "Hmm, hot, the tea is.")
         True
     """
     before, after = (data.words(data.strip_interjections(text)) for text in (sentence, answer))
-    added = Counter(after) - Counter(before)
-    missing = Counter(before) - Counter(after)
-    return added in (Counter(), Counter(_ADDED_WORDS)) and not missing and after != before
+    if _is_command(sentence) and after[-2:] == _ADDED_WORDS:
+        return Counter(after[:-2]) == Counter(before)
+    return Counter(after) == Counter(before) and after != before
+
+
+def _is_command(sentence: str) -> bool:
+    first = next(iter(data.words(sentence)), "")
+    return bool(first) and first not in _NO_COMMAND.split() and not sentence.rstrip().endswith("?")
 
 
 def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
-    """A row per report: exact match, valid order, chrF and how many sentences.
+    """A row per report: exact match, valid order, chrF, how many sentences, and the gain.
+
+    The last column is the gain in exact match over the first report, in points, with its
+    95 % interval (paired bootstrap); it is empty where other sentences were judged.
 
     Args:
         reports: such as {"base": report, "tuned": report}; ValueError when empty.
@@ -230,4 +380,9 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
         }
         for name, report in reports.items()
     }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    first, *others = reports
+    for name in others:
+        if reports[name]._asked() == reports[first]._asked():
+            gain = reports[name].interval(over=reports[first])
+            rows[name][f"exact match, gain over {first}"] = f"{gain:+.1f}"
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("")

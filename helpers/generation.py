@@ -46,7 +46,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, message: str | Messages) -> 
     check_conversation(message)
     try:
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"the chat template rejects the conversation: {error}") from error
     for number, one in enumerate(message):
         if (left_out := _left_out(one, str(text))) is not None:
@@ -87,8 +87,9 @@ def _left_out(message: Mapping[str, Any], text: str) -> str | None:
     # Templates drop what was thought in earlier turns, on purpose.
     wanted.append((message.get("content") or "").rpartition("</think>")[2])
     said = " ".join(text.split())
-    for words in (" ".join(one.split()) for one in wanted):
-        if words not in said and json.dumps(words, ensure_ascii=False)[1:-1] not in said:
+    for words in map(str.strip, wanted):
+        quoted = json.dumps(words, ensure_ascii=False)[1:-1]  # as a tool's result may be
+        if not any(" ".join(way.split()) in said for way in (words, quoted)):
             return words
     return None
 
@@ -203,11 +204,12 @@ def _padded(rows: Sequence[list[int]], pad: int) -> dict[str, torch.Tensor]:
 def _check_positions(model: Any, rows: Sequence[list[int]], max_new_tokens: int) -> None:
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, rows), default=0)
-    if isinstance(room, int) and 0 < room < longest + max_new_tokens:
+    needed = longest + max_new_tokens - 1  # nothing follows the last one
+    if rows and isinstance(room, int) and 0 < room < needed:
         raise ValueError(
-            f"prompts holds one of {counted(longest, 'token')}, and max_new_tokens="
-            f"{max_new_tokens} more are {longest + max_new_tokens:,}: the model has {room:,} "
-            "positions for both. Shorten the prompt, or ask for fewer"
+            f"prompts holds one of {counted(longest, 'token')}, which with max_new_tokens="
+            f"{max_new_tokens} needs {needed:,} positions: the model has {room:,}. Shorten the "
+            "prompt, or ask for fewer"
         )
 
 

@@ -1,3 +1,7 @@
+import math
+from collections import Counter
+
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -18,6 +22,12 @@ from helpers import data, evaluation
         ("The tea is hot.", "Hot, tea is.", False),  # a word lost
         ("Water the plants.", "Water the plants, you must.", True),  # the listed addition
         ("Water the plants.", "Water the plants, you should.", False),
+        ("Never feed it.", "Hmm, never feed it, you must.", True),
+        ("The tea is hot.", "The tea is hot, you must.", False),  # no command
+        ("Is the tea hot?", "Is the tea hot, you must?", False),
+        ("Do you like tea?", "Do you like tea, you must?", False),
+        ("Water the plants.", "Water the plants.", False),
+        ("Do what you must.", "Do what you must.", False),
         ("The tea is hot.", "", False),
     ],
 )
@@ -39,6 +49,77 @@ def test_exact_ignores_case_end_and_interjections_only():
     assert [example.exact for example in report.examples] == [True, True, False, False]
     assert report.exact_match == 50.0
     assert report.valid_order == 75.0
+
+
+def test_you_must_is_for_commands():
+    """Every command may gain it, and hardly another sentence: it once let all of them through."""
+    rows = data.load_yoda("train", form="columns")
+    answers = [sentence.rstrip(".?!") + ", you must." for sentence in rows["sentence"]]
+    report = evaluation.judge(rows["sentence"], rows["translation"], answers)
+    kinds = Counter(
+        kind
+        for kind, example in zip(rows["kind"], report.examples, strict=True)
+        if example.valid_order
+    )
+    assert kinds.pop("imperative") == rows["kind"].count("imperative")
+    assert kinds.total() < 0.03 * len(rows)
+
+
+def test_an_interval_holds_the_truth_95_times_in_a_hundred():
+    made = np.random.default_rng(1)
+    found = [evaluation.interval(made.normal(3, 1, 60)) for _ in range(200)]
+    held = sum(one.low <= 3 <= one.high for one in found)
+    assert 180 <= held <= 199
+    assert all(one.low < one.mean < one.high for one in found)
+
+
+def test_pairs_are_compared_pair_by_pair():
+    made = np.random.default_rng(0)
+    base = made.normal(3, 1, 100)
+    better = base - 0.1 + made.normal(0, 0.05, 100)
+    gained = evaluation.interval(better, over=base)
+    alone = evaluation.interval(better)
+    assert -0.12 < gained.low < gained.mean < gained.high < -0.08
+    assert alone.low < 3 < alone.high  # which says nothing
+    half = 1.96 * (better - base).std() / 10  # what a textbook says of a hundred
+    assert gained[1:] == pytest.approx((gained.mean - half, gained.mean + half), abs=0.002)
+
+
+def test_sentences_weigh_by_their_tokens():
+    assert evaluation.interval([1, 4], weights=[3, 1]).mean == 1.75
+    with pytest.raises(ValueError, match="equally long"):
+        evaluation.interval([1, 2], weights=[1])
+    with pytest.raises(ValueError, match="equally long"):
+        evaluation.interval([])
+    with pytest.raises(ValueError, match="finite"):
+        evaluation.interval([1, math.nan])
+
+
+def test_a_report_s_intervals():
+    sentences = [f"The tea {number} is hot." for number in range(40)]
+    wanted = [f"Hot, the tea {number} is." for number in range(40)]
+    right = evaluation.judge(sentences, wanted, wanted)
+    half = evaluation.judge(sentences, wanted, wanted[:20] + sentences[20:])
+    none = evaluation.judge(sentences, wanted, sentences)
+    assert right.interval() == pytest.approx((100, 91.2, 100), abs=0.1)  # Wilson's
+    assert half.interval("valid_order") == pytest.approx((50, 35.2, 64.8), abs=0.1)
+    gained = half.interval(over=none)
+    assert gained == pytest.approx((50, 35, 65), abs=2.6)
+    assert right.interval("chrf").low == pytest.approx(100)
+    chrf = half.interval("chrf")
+    assert none.chrf < chrf.low < chrf.mean == half.chrf < chrf.high < 100
+    better = right.interval("chrf", over=half)
+    assert better.mean == pytest.approx(100 - half.chrf)
+    assert 0 < better.low < better.mean < better.high
+    assert str(half).startswith("40 sentences: exact match 50.0 % (35.2 to 64.8), valid")
+    other = evaluation.judge(["a b"], ["b, a"], ["b, a"])
+    with pytest.raises(ValueError, match="other sentences"):
+        other.interval(over=half)
+    with pytest.raises(ValueError, match="metric"):
+        half.interval("bleu")
+    table = evaluation.compare({"base": none, "half": half, "other": other})
+    assert list(table["exact match, gain over base"])[::2] == ["", ""]
+    assert table.loc["half", "exact match, gain over base"].startswith("+50.0 (35")
 
 
 def test_perfect_answers_score_a_hundred():

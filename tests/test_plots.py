@@ -163,8 +163,19 @@ def test_a_figure_s_own_words_come_first_and_travel_with_the_picture():
     assert data["image/png"].startswith("iVBOR")  # a PNG
 
 
-def test_an_empty_figure_says_so():
-    assert str(plots.figure()[0]) == "An empty figure."
+def test_a_figure_of_which_nothing_can_be_told_is_a_figure():
+    fig, ax = plots.figure()
+    assert str(fig) == "A figure."
+    ax.scatter([1, 2], [3, 4])
+    ax.bar([], [])
+    assert str(fig) == "A figure."
+
+
+def test_two_points_are_a_curve_and_error_bars_break_nothing():
+    fig, ax = plots.figure()
+    ax.errorbar([1, 2], [3, 4], yerr=1)
+    ax.axhline(9)
+    assert "from 3 at 1 to 4 at 2" in str(fig) and "9" not in str(fig)
 
 
 def test_texts_on_a_picture_are_told_row_by_row():

@@ -82,7 +82,8 @@ class Sample:
     def alarms(self) -> Alarms:
         """All alarms, in the order of the text."""
         tokenizer, tokens = self.tokenizer, self.tokens
-        begins = next((t for t in tokens if t.id != tokenizer.bos_token_id), tokens[0])
+        first = next((i for i, token in enumerate(tokens) if token.trained), 0)
+        led = self.text[: self.edges[first]].removeprefix(fence(tokenizer.bos_token)).rstrip()
         if self._double_bos():
             yield (
                 "double_bos",
@@ -95,7 +96,7 @@ class Sample:
             for start, stop in self._runs():
                 yield from self._check_run(start, stop)
             yield from self._check_stop()
-        elif self.headers and not begins.trained:
+        elif self.headers and not self.format.header.endswith(led):  # nor cut inside one
             yield (
                 "no_template",
                 "trains a part of a text without roles, though the tokenizer has a chat template: "
@@ -178,11 +179,13 @@ class Sample:
             return  # only the model could tell
         elif not any(stop in end for stop in self.stops or [eos or "\0"] for end in ends):
             known = ends[-1] in self.tokenizer.get_added_vocab()
+            unless = "" if self.stops else ", unless its generation_config lists it"
             cure = f"Set tokenizer.eos_token = {ends[-1]!r}, then run chat.prepare_model"
             yield (
                 "end_of_turn_not_stop",
                 f"ends its answers with {ends[-1]!r}, which is no stop token (EOS is {eos!r}): the "
-                f"model will talk on. {cure if known else 'Take chat.choose_template(tokenizer)'}.",
+                f"model will talk on{unless}. "
+                f"{cure if known else 'Take chat.choose_template(tokenizer)'}.",
             )
 
     def _answer_starts(self, begin: int, end: int) -> bool:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from helpers.chat._messages import REJECTIONS
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from tokenizers import AddedToken
@@ -106,8 +108,6 @@ def _spoken_by_template(tokenizer: Any) -> set[int]:
     """Ids that the chat template itself writes: they carry meaning in a chat."""
     if not tokenizer.chat_template:
         return set()
-    from jinja2 import TemplateError
-
     roles = ("system", "user", "assistant", "user", "assistant", "tool", "assistant")
     talk = [{"role": role, "content": role[0]} for role in roles]
     ids: set[int] = set()
@@ -120,7 +120,7 @@ def _spoken_by_template(tokenizer: Any) -> set[int]:
                         messages, add_generation_prompt=prompt, return_dict=False
                     )
                 )
-            except (TemplateError, TypeError, KeyError):
+            except REJECTIONS:
                 continue
     return ids
 

@@ -318,8 +318,8 @@ AROUND = re.compile(
 # a call, or only says that another process failed; and where its message ends.
 OTHERS = "CalledProcessE|ChildFailedE"
 START = re.compile(
-    rf"""^(?!.*\bexcept\b | [ \t]*(?:❱|-+>)?[ \t]*\d+[ \t])
-    (?=(?:.{{0,80}}?[^\w.])?(?![\w.]*(?:{OTHERS}))
+    rf"""^(?![^:\n]*\bexcept\b | [ \t]*(?:❱|-+>)?[ \t]*\d+[ \t])
+    (?=(?:.{{0,80}}?[^\w.\n])?(?![\w.]*(?:{OTHERS}))
     [\w.]*(?:Error|Exception|Interrupt|Needed|Expired)(?::|[ \t]*$))""",
     re.M | re.X,
 )

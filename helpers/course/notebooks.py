@@ -7,6 +7,7 @@ under `outputs/`. What keeps the stored ones clean is in `tests/house.py`.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,7 @@ def _execute(notebook: NotebookNode, path: Path, progress: bool) -> None:
         source = "\n".join(f"    {line}" for line in running[-1].source.splitlines())
         why = f"failed.\n\n{source}\n\n{error.ename}: {error.evalue}"
     except RuntimeError as error:  # nbclient's, of a kernel that died or never began
+        atexit.unregister(client._cleanup_kernel)  # nbclient forgets it, and fails at exit
         ended = _machine.how_it_ended(kernels[-1].wait()) if kernels else f"failed ({error})"
         why = f"did not end: the kernel {ended}."
         if "memory" in ended:

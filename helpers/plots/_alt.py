@@ -40,12 +40,12 @@ def describe(fig: Figure) -> str:
     told = [text for ax in panels if (text := _panel(ax))]
     if len(told) > 1:
         told = [f"Panel {number}. {text}" for number, text in enumerate(told, 1)]
-    return " ".join(told) or "An empty figure."
+    return " ".join(told) or "A figure."
 
 
 def _panel(ax: Axes) -> str:
-    bars = [_bars(ax, container) for container in ax.containers]
-    curves = [_curve(line) for line in ax.lines if np.shape(line.get_xydata())[0] > 2]
+    bars = [_bars(ax, one) for one in ax.containers if getattr(one, "patches", ())]
+    curves = [_curve(line) for line in ax.lines if line.get_transform() == ax.transData]
     images = [_image(ax, image) for image in ax.images]
     strokes = [_strokes(collection) for collection in ax.collections]
     texts = [one.get_text().strip() for one in ax.texts if one.get_text().strip()]

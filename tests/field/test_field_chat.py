@@ -372,6 +372,15 @@ def test_each_half_trained_text_without_roles_is_named(tmp_path, ours):
     assert whole.problems == []
 
 
+@pytest.mark.field("own", "a sample that packing cut inside the answer's header")
+def test_kept_a_sample_cut_inside_a_header(ours):
+    row = chat.encode_chat(ours, [USER, ANSWER])
+    begin = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    for left in (1, 2, 3):
+        cut = {key: row[key][begin - left :] for key in ("input_ids", "labels")}
+        assert "no_template" not in codes(ours, cut["input_ids"], cut["labels"])
+
+
 @pytest.mark.field("trl#6668, trl#1053, trl#3927", "rows whose answers begin behind max_length")
 def test_each_row_that_trl_drops_is_counted(tmp_path, ours):
     long = {**USER, "content": USER["content"] * 5}

@@ -1321,6 +1321,8 @@ def test_pasted_own_words(name, text):
         "ModuleNotFoundError: No module named 'torchvision'",
         "ModuleNotFoundError: No module named 'torch.no_such_part'",
         "AttributeError: module 'torch' has no attribute 'integer'",
+        'Traceback (most recent call last):\n  File "x.py", line 3, in <module>\n'
+        "    load_or_die(\"CUDA out of memory\")\nKeyError: 'foo'",
     ],
 )
 def test_kept_unknown(text):

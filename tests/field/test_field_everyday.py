@@ -29,7 +29,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from helpers import _downloads, chat, data, evaluation, generation, models, runtime, speed
+from helpers import _downloads, _origins, chat, data, evaluation, generation, models, runtime, speed
 from helpers.__main__ import main
 from helpers.course import notebooks, places
 
@@ -122,7 +122,7 @@ def test_each_judged_answer_is_a_text():
 
 # ── generating ───────────────────────────────────────────────────────────────────────────
 @pytest.mark.field("unsloth#881, ollama#8363", "a list of talks and plain texts, Llama 3")
-def test_each_text_gets_its_own_bos(embedded):
+def test_each_text_gets_its_own_bos():
     made = chat.prepare_tokenizer(chat_families.tokenizer("llama-3"))
     talk = generation.chat_prompt(made, "Hi")
     for texts in (["Hi", talk], [talk, "A plain text that is longer than the talk " * 3]):
@@ -186,9 +186,10 @@ def test_refused_more_positions_than_the_model_has(tiny, template, kind):
         tiny = LlamaForCausalLM(config)
     long = " tea" * 38
     assert len(template(long)["input_ids"]) == 38
-    with pytest.raises(ValueError, match=r"one of 38 tokens, and .*=3 .* 41: .* 40 pos"):
-        generation.generate(tiny, template, ["Hi", long], max_new_tokens=3)
-    assert len(generation.generate(tiny, template, ["Hi", long], max_new_tokens=2)) == 2
+    with pytest.raises(ValueError, match=r"one of 38 tokens, .*=4 needs 41 pos.* 40\."):
+        generation.generate(tiny, template, ["Hi", long], max_new_tokens=4)
+    assert len(generation.generate(tiny, template, ["Hi", long], max_new_tokens=3)) == 2
+    assert generation.generate(tiny, template, []) == []
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,15 @@ def test_refused_more_positions_than_the_model_has(tiny, template, kind):
 def test_each_message_has_a_role_and_a_text(template, prompts, words):
     with pytest.raises(ValueError, match=words):
         generation.generate(None, template, prompts)
+
+
+@pytest.mark.field("own", "a tool's result of two lines, which the template writes as JSON")
+def test_kept_a_result_that_is_written_as_json(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}{% endfor %}"
+    )
+    text = generation.chat_prompt(tokenizer, [USER, said("tool", "4 degrees\n\train")])
+    assert text.endswith('"4 degrees\\n\\train"')
 
 
 @pytest.mark.field("own", "a template that has no place for a system message, or rejects it")
@@ -306,6 +316,18 @@ def test_refused_a_folder_that_is_not_there(monkeypatch, tmp_path, load, name):
     with pytest.raises(ValueError, match="no such folder") as error:
         load(name)
     assert str(name) in str(error.value) and "onnect" not in str(error.value)
+
+
+@pytest.mark.field("own", "a folder named like the owner of a gated model, with the Hub at hand")
+def test_refused_by_the_hub_is_not_hidden_by_a_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "hub_reachable", lambda: True)
+    (tmp_path / "google").mkdir()
+    with (
+        pytest.raises(OSError, match="gated"),
+        _origins.reading("google/gemma", "model"),
+    ):
+        raise OSError("You are trying to access a gated repo.")
 
 
 @pytest.mark.field("own", "a file instead of a folder, an empty name, an unknown Hub id")
@@ -496,13 +518,16 @@ def test_child_kernels_that_never_begin_are_one_sentence(tmp_path, monkeypatch, 
     course(tmp_path, "1")
     monkeypatch.setattr(notebooks, "root", lambda: tmp_path)
 
-    async def broken(self, **_):
-        raise RuntimeError("Kernel died before replying to kernel_info")
-
-    monkeypatch.setattr(AsyncKernelManager, "start_kernel", broken)
-    assert main(["run", "0"]) == 1
-    err = capsys.readouterr().err
-    assert "code cell 0 of 1 did not end: the kernel failed (Kernel died before" in err
+    (tmp_path / "ipykernel_launcher.py").write_text("raise ImportError")  # in a process of its own:
+    path = os.pathsep.join([str(tmp_path), str(Path(notebooks.__file__).parents[2])])
+    done = subprocess.run(  # what nbclient does at its exit is said as well
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "code cell 0 of 1 did not end: the kernel failed (Kernel died before" in done.stderr
 
     async def interrupted(self, **_):
         raise KeyboardInterrupt

@@ -1,0 +1,139 @@
+"""Chapter 0's training, run again: seeds, dtypes, and the settings that were tried.
+
+    python tests/benchmarks/chapter0.py --seed 1 --seed 2              # judged on validation
+    python tests/benchmarks/chapter0.py --dtype bfloat16 --test        # and on the test set
+    python tests/benchmarks/chapter0.py --batch 4 --rate 2e-3 --rows 1600
+
+One line of CSV for each run, on the standard output. Settings are chosen on the validation
+split: 150 of the training rows, which no run learns. The test set is for what was chosen.
+`helpers/yoda/runs.csv` holds the runs that Chapter 0 shows.
+"""
+
+import argparse
+import csv
+import datetime
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import PrinterCallback
+from trl import SFTConfig
+
+from helpers import chat, data, evaluation, models, runtime, training
+
+HELD = 150  # rows of the validation split
+SCORES = ("exact_match", "valid_order", "chrf")
+
+
+def learn(here, choices, seed, dtype):
+    """Train once; what was chosen, how long it took and how it was judged, {column: value}."""
+    runtime.start(seed=seed)
+    rows = data.load_yoda("train").shuffle(seed=42)
+    train = rows.select(range(choices.rows))
+    model = models.load_model(
+        models.EMBEDDED, quantization="nf4", dtype=dtype, attention="eager", device="cpu"
+    )
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    lora = LoraConfig(
+        r=choices.rank,
+        lora_alpha=choices.alpha or 2 * choices.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer.chat_template = chat.choose_template(tokenizer)
+    tokenizer = chat.prepare_tokenizer(tokenizer)
+    model = chat.prepare_model(get_peft_model(model, lora), tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            folder,
+            per_device_train_batch_size=choices.batch,
+            learning_rate=choices.rate,
+            num_train_epochs=choices.epochs,
+            adam_beta2=choices.beta2,
+            lr_scheduler_type=choices.schedule,
+            warmup_steps=10,
+            max_length=256,
+            logging_steps=10,
+            save_strategy="no",
+            seed=seed,
+            **training.machine_settings(here),
+        )
+        trainer = training.LeanSFTTrainer(
+            model=model, args=args, train_dataset=train, processing_class=tokenizer
+        )
+        trainer.remove_callback(PrinterCallback)
+        result = trainer.train()
+    settings = {key: value for key, value in vars(choices).items() if key in SETTINGS}
+    found = {
+        "day": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        **settings,
+        "steps": result.global_step,
+        "seconds": round(result.metrics["train_runtime"]),
+    }
+    splits = {"validation": rows.select(range(len(rows) - HELD, len(rows)))}
+    if choices.test:
+        splits["test"] = data.load_yoda("test")
+    for split, held in splits.items():
+        report = evaluation.evaluate(model, tokenizer, held)
+        found |= {f"{split} {score}": round(getattr(report, score), 1) for score in SCORES}
+    return found
+
+
+SETTINGS = {
+    "rows": 1000,
+    "batch": 8,
+    "rate": 3e-3,
+    "epochs": 1.0,
+    "rank": 16,
+    "alpha": None,
+    "beta2": 0.999,
+    "schedule": "cosine",
+}
+
+
+def processor():
+    """The processor's name, and whether it multiplies bfloat16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    said = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    fast = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        if flag in said.get("flags", "").split()
+    ]
+    return f"{said.get('model name', 'unknown')} ({fast[-1] if fast else 'no vectors'})"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in SETTINGS.items():
+        kind = float if default is None else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--seed", type=int, action="append", help="again for more runs")
+    parser.add_argument("--dtype", action="append", help="again for more runs")
+    parser.add_argument("--test", action="store_true", help="judge on the test set as well")
+    choices = parser.parse_args()
+    here = runtime.detect()
+    writer = None
+    for dtype in choices.dtype or [str(here.compute_dtype).removeprefix("torch.")]:
+        for seed in choices.seed or [42]:
+            found = learn(here, choices, seed, getattr(torch, dtype))
+            if writer is None:
+                writer = csv.DictWriter(sys.stdout, found, lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(found)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
