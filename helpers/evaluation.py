@@ -10,16 +10,16 @@ between which values would it lie on most other sets of as many such sentences?
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from helpers import data
 from helpers._checks import one_of, whole_number
+from helpers._intervals import Interval, draw, interval, middle, wilson
 from helpers._report import Shown, card, counted, escape, shorten, table
 from helpers.generation import check_conversation, generate
 
@@ -36,79 +36,9 @@ only our perhaps several shall she should some somebody someone something than t
 there these they this those three today two was wasn't we were weren't what when where which
 who whose why will won't would yesterday you your"""
 METRICS = ("exact_match", "valid_order", "chrf")
-_RESAMPLES = 2000  # sets of sentences that a bootstrap draws
 _SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
 _NO_TEXT = ("tool_calls", "reasoning_content")  # what a message may say beside its text
 _MOST_ROWS = 12  # of a report in a notebook
-
-
-class Interval(NamedTuple):
-    """A mean, and the two ends of its 95 % interval, all in the unit of the values."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        spec = spec or ".1f"
-        low_and_high = spec.removeprefix("+")
-        return f"{self.mean:{spec}} ({self.low:{low_and_high}} to {self.high:{low_and_high}})"
-
-    def __str__(self) -> str:
-        return format(self)
-
-
-def interval(
-    values: Sequence[float],
-    *,
-    over: Sequence[float] | None = None,
-    weights: Sequence[float] | None = None,
-) -> Interval:
-    """The mean of a value per sentence and its 95 % bootstrap interval (Efron, 1979).
-
-    2,000 times, as many sentences are drawn from these, with repetition, and their mean is
-    taken; 95 % of those means lie between the two ends. The draw is always the same.
-
-    Args:
-        values: one number per sentence, such as its loss.
-        over: the same sentences' values from another model. The interval is then that of the
-            difference, sentence by sentence (a *paired* bootstrap), which is far narrower
-            than two intervals that are compared by eye. It says more than chance when it
-            does not hold 0.
-        weights: how much each sentence counts, such as its number of tokens.
-
-    Raises:
-        ValueError: no values, some that are not finite, or lists of different lengths.
-
-    Example:
-        >>> losses = [0.9, 1.1, 1.0, 1.2]
-        >>> print(f"{interval([0.5, 0.8, 0.6, 0.9], over=losses):.2f}")
-        -0.35 (-0.40 to -0.30)
-    """
-    each = np.asarray(values, dtype=float)
-    others = np.zeros_like(each) if over is None else np.asarray(over, dtype=float)
-    counts = np.ones_like(each) if weights is None else np.asarray(weights, dtype=float)
-    if not each.shape == others.shape == counts.shape or each.ndim != 1 or not each.size:
-        raise ValueError(
-            "values (and over and weights) must be equally long lists, and not empty; their "
-            f"shapes are {each.shape}, {others.shape} and {counts.shape}"
-        )
-    each = each - others
-    if not np.isfinite(each).all() or not (counts.sum() > 0 <= counts.min()):
-        raise ValueError("values must be finite numbers, and weights positive ones")
-    drawn = _draw(len(each))
-    means = (each * counts)[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1e-300)
-    return Interval(float(np.average(each, weights=counts)), *_middle(means))
-
-
-def _draw(count: int) -> np.ndarray:
-    """Which sentences each resample holds, (resamples, count)."""
-    return np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-
-
-def _middle(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -169,15 +99,13 @@ class Report(Shown):
         if over is not None and self._asked() != over._asked():
             raise ValueError("over judges other sentences: a gain compares the same ones")
         if metric == "chrf":
-            drawn = _draw(len(self.examples))
-            chrfs = self._chrfs(drawn)
-            mean = self.chrf
+            chrfs, mean = self._chrfs(), self.chrf
             if over is not None:
-                mean, chrfs = mean - over.chrf, chrfs - over._chrfs(drawn)
-            return Interval(mean, *_middle(chrfs))
+                chrfs, mean = chrfs - over._chrfs(), mean - over.chrf
+            return Interval(mean, *middle(chrfs))
         if over is not None:
             return interval(self._right(metric), over=over._right(metric))
-        return _wilson(self._right(metric))
+        return wilson(self._right(metric))
 
     def _asked(self) -> list[tuple[str, str]]:
         return [(example.sentence, example.reference) for example in self.examples]
@@ -187,7 +115,7 @@ class Report(Shown):
         name = {"exact_match": "exact"}.get(metric, metric)
         return [100.0 * getattr(example, name) for example in self.examples]
 
-    def _chrfs(self, drawn: np.ndarray) -> np.ndarray:
+    def _chrfs(self) -> np.ndarray:
         """chrF of each resample, from the n-gram counts that sacrebleu's own bootstrap adds."""
         from sacrebleu.metrics import CHRF
 
@@ -195,7 +123,7 @@ class Report(Shown):
         answers = [_normalize(example.answer) for example in self.examples]
         references = [_normalize(example.reference) for example in self.examples]
         counts = np.array(score._extract_corpus_statistics(answers, [references]))
-        return np.array([score._compute_f_score(counts[rows].sum(0)) for rows in drawn])
+        return np.array([score._compute_f_score(counts[rows].sum(0)) for rows in draw(len(counts))])
 
     def _repr_html_(self) -> str:
         # Failures first: they teach more than successes.
@@ -203,14 +131,6 @@ class Report(Shown):
         rows = [(e.sentence, e.reference, shorten(e.answer), e.verdict) for e in shown[:_MOST_ROWS]]
         head = ("sentence", "reference", "answer", "verdict")
         return card(str(self), html=f"<p>{escape(str(self))}</p>{table(rows, head)}")
-
-
-def _wilson(right: Sequence[float]) -> Interval:
-    """The share of `right` (0 or 100 each) with Wilson's 95 % interval (1927)."""
-    count, share, z = len(right), sum(right) / len(right) / 100, 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return Interval(100 * share, 100 * max(0.0, middle - half), 100 * min(1.0, middle + half))
 
 
 def evaluate(

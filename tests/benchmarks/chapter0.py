@@ -25,7 +25,6 @@ from trl import SFTConfig
 
 from helpers import chat, data, evaluation, models, runtime, training
 
-HELD = 150  # rows of the validation split
 SCORES = ("exact_match", "valid_order", "chrf")
 
 
@@ -79,7 +78,7 @@ def learn(here, choices, seed, dtype):
         "steps": result.global_step,
         "seconds": round(result.metrics["train_runtime"]),
     }
-    splits = {"validation": rows.select(range(len(rows) - HELD, len(rows)))}
+    splits = {"validation": rows.select(range(len(rows) - choices.held, len(rows)))}
     if choices.test:
         splits["test"] = data.load_yoda("test")
     for split, held in splits.items():
@@ -101,15 +100,12 @@ SETTINGS = {
 
 
 def processor():
-    """The processor's name, and whether it multiplies bfloat16."""
+    """The processor's name, and the widest numbers that it multiplies."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    said = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
-    fast = [
-        flag
-        for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-        if flag in said.get("flags", "").split()
-    ]
-    return f"{said.get('model name', 'unknown')} ({fast[-1] if fast else 'no vectors'})"
+    said = {key.strip(): value for key, _, value in (line.partition(": ") for line in lines)}
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    widest = [flag for flag in known if flag in said.get("flags", "").split()]
+    return " ".join([said.get("model name", "unknown"), *widest[-1:]])
 
 
 def main():
@@ -119,6 +115,7 @@ def main():
     for name, default in SETTINGS.items():
         kind = float if default is None else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--held", type=int, default=150, help="rows of the validation split")
     parser.add_argument("--seed", type=int, action="append", help="again for more runs")
     parser.add_argument("--dtype", action="append", help="again for more runs")
     parser.add_argument("--test", action="store_true", help="judge on the test set as well")
