@@ -259,7 +259,7 @@ def encode(number: SupportsFloat, kind: str) -> Bits:
 
     Rounds to nearest, ties to even. Where a number is too large, fp32, bf16, fp16 and fp8_e5m2
     store infinity; fp8_e4m3 (torch's float8_e4m3fn, as of torch 2.12) and fp4_e2m1 their largest
-    number. Integer formats cut the fraction off and wrap around, as `tensor.to(torch.int8)` does.
+    number. Integer formats cut the fraction off and wrap around, as a whole number does in torch.
 
     Args:
         number: a single number (TypeError); no NaN where the format has none (ValueError).

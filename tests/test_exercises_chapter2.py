@@ -1,8 +1,11 @@
 """Chapter 2's exercises: typical wrong answers get the feedback that fits them."""
 
+import numpy as np
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
+from helpers import quantization
 from helpers.course import exercises
 from helpers.course.exercises import chapter2
 
@@ -20,18 +23,40 @@ def truncated_blocks(weights, block_size):
     return (blocks / absmax[:, None] * 127).to(torch.int8), absmax
 
 
-def first_draft(weights, bits):
-    edges = torch.linspace(weights.min(), weights.max(), 2**bits + 1)[:-1]
-    return (weights[:, None] > edges).sum(dim=1) - 1
+CONFIG = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+PREDICTED = {"A": "same", "B": "larger", "C": "larger", "D": "smaller", "E": "larger"}
+FAULTS = {"A": "cut off", "B": "wrapped", "C": "outlier", "D": "clipped"}
+NF4 = quantization.nf4_code_book()
 
 
-def steps(weights, bits):
-    low, high = weights.min(), weights.max()
-    return (weights - low) / ((high - low) / (2**bits - 1))
+def buggy(weights, block_size):
+    """As exercise 2.6 shows it."""
+    blocks = weights.reshape(-1, block_size)
+    absmax = blocks.amax(dim=1, keepdim=True)
+    codes = (blocks / absmax * 128).to(torch.int8)
+    return codes.reshape(weights.shape), absmax.flatten()
 
 
-def squared(weights, bits):
-    return ((steps(weights, bits) / (2**bits - 1)) ** 2 * (2**bits - 1)).round()
+def wrong_way(weights, block_size):
+    columns = weights.reshape(block_size, -1)
+    absmax = columns.abs().amax(0)
+    return (columns / absmax * 127).round().to(torch.int8).reshape(weights.shape), absmax
+
+
+def leaning(count=16, steps=30):
+    """Levels for the given weights, by Lloyd's algorithm on a sample."""
+    weights = exercises.given("2.8")[:500]
+    scaled = (weights / weights.abs().amax(1, keepdim=True)).flatten()
+    levels = torch.quantile(scaled, (torch.arange(count) + 0.5) / count)
+    for _ in range(steps):
+        nearest = (scaled[:, None] - levels).abs().argmin(1)
+        levels = torch.stack([scaled[nearest == i].mean() for i in range(count)])
+    return levels
 
 
 HALF = {"float16": [1e-9, 70000.0, 1e30], "bfloat16": []}
@@ -41,27 +66,45 @@ WRONG = [
     ("2.1", 4.5 / 4, "each bit doubles"),
     ("2.1", 7, "Divide the whole range"),
     ("2.1", "wide", "one number"),
-    ("2.2", 4.0, "block scales take some space"),
-    ("2.2", 4.5, "without double quantization"),
-    ("2.2", 33.01, "gigabits"),
-    ("2.2", 3.844, "GiB"),
-    ("2.2", 4.127e9, "divide bytes by 1e9"),
-    ("2.2", 16, "divided by 8, gives bytes"),
-    ("2.3", 7, "A function is wanted"),
-    ("2.3", lambda w, bits: 3, "should be a torch tensor"),
-    ("2.3", lambda w, bits: w[:5], "exactly one"),
-    ("2.3", steps, "not rounded yet"),
-    ("2.3", first_draft, "lowest code is -1"),
-    ("2.3", lambda w, bits: (steps(w, bits) * 2).round(), "counting starts at 0"),
-    ("2.3", lambda w, bits: (steps(w, bits) / 2).floor(), "should get 0 and"),
-    ("2.3", lambda w, bits: steps(w, bits).floor(), "cutting off decimals"),
-    ("2.3", squared, "do not follow the weights evenly"),
-    ("2.3", lambda w: w, "TypeError"),
-    ("2.4", 85.2, "whole number"),
-    ("2.4", -85, "codes run from 0 to 255"),
-    ("2.4", 128, "middle of the codes"),
-    ("2.4", 0, "smallest value"),
-    ("2.4", 42, "How many steps"),
+    ("2.1", 3.0 / 7.5, "both signs"),
+    ("2.1", 1.5, "each bit doubles"),
+    ("2.1", None, "one number"),
+    ("2.1", -0.3, "Divide the whole range"),
+    ("2.2", None, "is wanted"),
+    ("2.2", "nf4", "is wanted"),
+    ("2.2", {"quant_type": "nf4"}, "is wanted"),
+    ("2.2", BitsAndBytesConfig(load_in_8bit=True), "8 bits make 32 GB"),
+    ("2.2", BitsAndBytesConfig(), "Nothing says how many bits"),
+    ("2.2", BitsAndBytesConfig(load_in_4bit=True), "'fp4', the default"),
+    ("2.2", CONFIG | {"bnb_4bit_quant_type": "fp4"}, "'fp4', the default"),
+    ("2.2", CONFIG | {"bnb_4bit_use_double_quant": False}, "18 GB"),
+    ("2.2", {k: v for k, v in CONFIG.items() if "compute" not in k}, "compute in float32"),
+    ("2.2", CONFIG | {"bnb_4bit_compute_dtype": torch.float32}, "compute in float32"),
+    ("2.2", CONFIG | {"bnb_4bit_compute_dtype": torch.float16}, "ends at 65,504"),
+    ("2.2", CONFIG | {"bnb_4bit_compute_dtype": "int8"}, "compute in int8"),
+    ("2.2", CONFIG | {"llm_int8_skip_modules": ["q_proj"]}, "replaces the default one"),
+    ("2.3", "larger", "Give a dictionary"),
+    ("2.3", ["same"] * 5, "Give a dictionary"),
+    ("2.3", {"A": "same"}, "Give a dictionary"),
+    ("2.3", PREDICTED | {"B": 1.1}, "is none of smaller"),
+    ("2.3", PREDICTED | {"A": "bigger"}, "'bigger' is none of"),
+    ("2.3", PREDICTED | {"A": "larger"}, "divided by its own absmax"),
+    ("2.3", PREDICTED | {"B": "same"}, "More weights share a scale"),
+    ("2.3", PREDICTED | {"C": "same"}, "never used"),
+    ("2.3", PREDICTED | {"D": "same"}, "a block holds neighbors"),
+    ("2.3", PREDICTED | {"E": "smaller"}, "in which direction"),
+    ("2.3", dict.fromkeys("ABCDE", "same"), "4 predictions are off"),
+    ("2.3", dict.fromkeys("ABCDE", "larger"), "2 predictions are off"),
+    ("2.4", None, "Give a dictionary"),
+    ("2.4", list(FAULTS.values()), "Give a dictionary"),
+    ("2.4", FAULTS | {"E": "clipped"}, "Give a dictionary"),
+    ("2.4", FAULTS | {"A": "rounding"}, "is none of the causes"),
+    ("2.4", FAULTS | {"A": "outlier"}, "toward zero"),
+    ("2.4", FAULTS | {"A": "clipped"}, "toward zero"),
+    ("2.4", FAULTS | {"B": "clipped"}, "another sign"),
+    ("2.4", FAULTS | {"B": "outlier"}, "another sign"),
+    ("2.4", FAULTS | {"C": "cut off"}, "Count the levels"),
+    ("2.4", FAULTS | {"D": "wrapped"}, "largest weights have in common"),
     ("2.5", [1e-9], "Give a dictionary"),
     ("2.5", {**HALF, "float16": [70000.0, 1e30]}, "too small"),
     ("2.5", {**HALF, "float16": [1e-9, 1e30]}, "too large"),
@@ -69,26 +112,44 @@ WRONG = [
     ("2.5", {**HALF, "bfloat16": [2049.0]}, "rounded, but not lost"),
     ("2.5", {**HALF, "bfloat16": [1e30]}, "within its range"),
     ("2.5", {**HALF, "bfloat16": [5.0]}, "not among VALUES"),
-    ("2.6", 4.127, "blocks of 64"),
-    ("2.6", 5.0, "without double quantization"),
-    ("2.6", 4.25, "scales of their own"),
-    ("2.6", 0.2539, "add the codes"),
-    ("2.6", 32, "Add three terms"),
+    ("2.5", {**HALF, "bfloat16": [70000.0]}, "within its range"),
+    ("2.5", {**HALF, "float16": [1e-9, 30000.0, 70000.0, 1e30]}, "within its range"),
+    ("2.5", {**HALF, "float16": [1e-9, 2049.0, 70000.0, 1e30]}, "rounded, but not lost"),
+    ("2.6", None, "A function is wanted"),
+    ("2.6", buggy, "largest magnitude"),
+    ("2.6", lambda w, n: blockwise(w, n)[0], "Return two things"),
+    ("2.6", lambda w, n: blockwise(w, w.numel()), "one scale for everything"),
+    ("2.6", lambda w, n: blockwise(w, n // 2), "blocks of 64 make 4 blocks"),
+    ("2.6", lambda w, n: blockwise(w, n, magnitude=False), "largest magnitude"),
+    ("2.6", lambda w, n: (blockwise(w, n)[0], blockwise(w, n)[1] / 127), "divided by 127"),
+    ("2.6", lambda w, n: (blockwise(w, n)[0][:1], blockwise(w, n)[1]), "as many codes"),
+    ("2.6", lambda w, n: blockwise(w, n, dtype=torch.int32), "torch.int8"),
+    ("2.6", lambda w, n: blockwise(w, n, scale=-128), "wrap around"),
+    ("2.6", wrong_way, "cut the wrong way"),
+    ("2.6", truncated_blocks, "a plain cast cuts off"),
+    ("2.6", lambda w, n: (blockwise(w, n)[0].tolist(), blockwise(w, n)[1]), "torch tensor"),
+    ("2.6", lambda w: w, "TypeError"),
+    ("2.7", lambda codes: codes, "nothing was packed"),
+    ("2.7", lambda codes: codes[:8], "should make 32 bytes"),
+    ("2.7", lambda codes: (codes[::2].int() << 4) | codes[1::2], "torch.uint8"),
+    ("2.7", lambda codes: (codes[1::2] << 4) | codes[::2], "swapped"),
+    ("2.7", lambda codes: (codes[:32] << 4) | codes[32:], "Neighbors share a byte"),
+    ("2.7", lambda codes: codes[::2] + codes[1::2], "Shift the first code up"),
     ("2.7", None, "A function is wanted"),
-    ("2.7", lambda w, n: blockwise(w, n)[0], "Return two things"),
-    ("2.7", lambda w, n: blockwise(w, w.numel()), "one scale for everything"),
-    ("2.7", lambda w, n: blockwise(w, n // 2), "blocks of 64 make 4 blocks"),
-    ("2.7", lambda w, n: blockwise(w, n, magnitude=False), "largest magnitude"),
-    ("2.7", lambda w, n: (blockwise(w, n)[0][:1], blockwise(w, n)[1]), "as many codes"),
-    ("2.7", lambda w, n: blockwise(w, n, dtype=torch.int32), "torch.int8"),
-    ("2.7", lambda w, n: blockwise(w, n, scale=-128), "wrap around"),
-    ("2.7", truncated_blocks, "a plain cast cuts off"),
-    ("2.8", lambda codes: codes, "nothing was packed"),
-    ("2.8", lambda codes: codes[:8], "should make 32 bytes"),
-    ("2.8", lambda codes: (codes[::2].int() << 4) | codes[1::2], "torch.uint8"),
-    ("2.8", lambda codes: (codes[1::2] << 4) | codes[::2], "swapped"),
-    ("2.8", lambda codes: (codes[:32] << 4) | codes[32:], "Neighbors share a byte"),
-    ("2.8", lambda codes: codes[::2] + codes[1::2], "Shift the first code up"),
+    ("2.7", lambda codes: codes.tolist(), "should be a torch tensor"),
+    ("2.8", None, "Give 16 numbers"),
+    ("2.8", "levels", "Give 16 numbers"),
+    ("2.8", NF4[:15], "not 15"),
+    ("2.8", 0.5, "not 1"),
+    ("2.8", [float("nan")] * 16, "between -1 and 1"),
+    ("2.8", torch.arange(16), "between -1 and 1"),
+    ("2.8", NF4, "30 % are wanted"),
+    ("2.8", NF4 * 0.9, "above NF4's"),
+    ("2.8", torch.linspace(-1, 1, 16), "above NF4's"),
+    ("2.8", torch.linspace(0, 1, 16), "above NF4's"),
+    ("2.8", torch.linspace(-0.2, 1, 16), "30 % are wanted"),
+    ("2.8", torch.zeros(16), "above NF4's"),
+    ("2.8", quantization.fp4_code_book(), "above NF4's"),
 ]
 
 
@@ -104,14 +165,27 @@ def test_wrong_answers_get_fitting_feedback(number, answer, feedback):
 RIGHT = [
     ("2.1", 0.3),
     ("2.1", torch.tensor(0.3)),
+    ("2.1", np.float32(0.3)),
     ("2.1", "0.3"),
-    ("2.2", 4.13),
-    ("2.3", lambda w, bits: steps(w, bits).round()),  # any dtype
-    ("2.4", 85.0),
+    ("2.2", CONFIG),
+    ("2.2", BitsAndBytesConfig(**CONFIG)),
+    ("2.2", CONFIG | {"bnb_4bit_compute_dtype": torch.bfloat16}),
+    ("2.2", CONFIG | {"llm_int8_skip_modules": ["lm_head"]}),
+    ("2.2", BitsAndBytesConfig(**CONFIG, bnb_4bit_quant_storage=torch.bfloat16)),
+    ("2.3", PREDICTED),
+    ("2.3", {key: f" {word.upper()}" for key, word in PREDICTED.items()}),
+    ("2.4", FAULTS),
+    ("2.4", {key: cause.title() for key, cause in FAULTS.items()}),
     ("2.5", {"bfloat16": (), "float16": {1e-9, 7e4, 1e30}}),
-    ("2.6", 4.254),
-    ("2.7", blockwise),
-    ("2.8", lambda codes: (codes[::2] * 16 + codes[1::2]).view(-1, 1)),
+    ("2.5", {"bfloat16": np.array([]), "float16": np.array([1e30, 1e-9, 7e4])}),
+    ("2.6", blockwise),
+    ("2.6", lambda w, n: list(blockwise(w, n))),
+    ("2.6", lambda w, n: (blockwise(w, n)[0].flatten(), blockwise(w, n)[1][:, None])),
+    ("2.7", lambda codes: (codes[::2] * 16 + codes[1::2]).view(-1, 1)),
+    ("2.7", lambda codes: (codes.view(-1, 2).int() @ torch.tensor([16, 1]).int()).byte()),
+    ("2.8", leaning()),
+    ("2.8", leaning().flip(0).tolist()),
+    ("2.8", leaning().double().numpy()),
 ]
 
 
@@ -129,3 +203,27 @@ def test_solutions_pass_and_hints_do_not_repeat(exercise):
     exec(exercise.solution, scope)
     assert exercises.check(exercise.number, scope["answer"]).passed
     assert len(exercise.hints) >= 2 and len(set(exercise.hints)) == len(exercise.hints)
+
+
+def test_the_predictions_are_what_measuring_gives():
+    for seed in range(5):
+        w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(seed))
+
+        def error(weights, **how):
+            quantized = quantization.quantize_nf4(weights, **how)
+            return quantization.error_report(weights, quantized).rmse / weights.std().item()
+
+        tried = [error(10 * w), error(w, block_size=1024), error(w + 5)]
+        tried += [error(w.flatten().sort().values), error(w, double_quantize=True)]
+        changes = [value / error(w) - 1 for value in tried]
+        words = ["same" if abs(c) < 1e-5 else "larger" if c > 0 else "smaller" for c in changes]
+        assert words == list(PREDICTED.values())
+
+
+def test_every_exercise_is_scored_against_many_wrong_answers():
+    for exercise in chapter2.EXERCISES:
+        assert sum(number == exercise.number for number, _, _ in WRONG) >= 8, exercise.number
+
+
+def test_the_faulty_quantizers_are_drawn():
+    assert [ax.get_title(loc="left") for ax in exercises.given("2.4").axes] == list("ABCD")

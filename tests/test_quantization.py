@@ -1,5 +1,7 @@
 """Our quantizers against bitsandbytes, against definitions, and against bad input."""
 
+import io
+import itertools
 import math
 import warnings
 
@@ -410,6 +412,26 @@ def test_error_report_plots_itself():
     fig = quantization.error_report(weights, quantization.quantize_nf4(weights)).plot()
     left, right = fig.axes
     assert left.get_xlabel() and right.get_xlabel() and "SNR" in right.get_title(loc="left")
+    assert left.get_title(loc="left") == f"4.5 bits per weight: {left_count(weights)} values"
+
+
+def left_count(weights):
+    return len(quantization.quantize_nf4(weights).dequantize().unique())
+
+
+@pytest.mark.parametrize(("spread", "per"), [(0.02, "tensor"), (1e-6, "row"), (30.0, "block")])
+def test_error_report_says_how_and_its_tick_labels_do_not_collide(spread, per):
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * spread
+    quantized = quantization.quantize_linear(weights, 4, scheme="minmax", per=per)
+    fig = quantization.error_report(weights, quantized).plot()
+    assert fig.axes[0].get_title(loc="left").startswith(f"4 bits, minmax, per {per}: ")
+    fig.savefig(io.BytesIO())
+    for ax in fig.axes:
+        low, high = ax.get_xlim()
+        ticks = [t for t in ax.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        boxes = [t.label1.get_window_extent() for t in ticks]
+        assert len(boxes) >= 3
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_compare_errors_ranks_the_formats():

@@ -36,6 +36,11 @@ class Quantized(Shown):
         parts = [part for part in vars(self).values() if isinstance(part, Tensor) and part.ndim]
         return 8 * sum(part.nbytes for part in parts) / self.shape.numel()
 
+    @property
+    def how(self) -> str:
+        """The settings in words, where there is a choice."""
+        return ""
+
     def _values(self) -> Tensor:
         """In the order of the weights, perhaps with a few too many at the end."""
         raise NotImplementedError

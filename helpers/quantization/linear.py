@@ -39,6 +39,11 @@ class QuantizedUniform(Quantized):
         extra = {"absmax": 32, "minmax": 64, "zero_point": 32 + self.bits}[self.scheme]
         return self.bits + extra * self.scale.numel() / self.codes.numel()
 
+    @property
+    def how(self) -> str:
+        """Such as '4 bits, absmax, per block'."""
+        return f"{self.bits} bits, {self.scheme.replace('_', ' ')}, per {self.per}"
+
 
 def quantize_linear(
     weights: Tensor,

@@ -26,7 +26,7 @@ class ErrorReport(Shown):
 
     rmse: root of the mean squared error, and worst: the largest error, both in the unit
     of the weights. snr: signal to noise in decibels (each bit is worth about 6).
-    bits_per_weight: storage, scales included.
+    bits_per_weight: storage, scales included. how: the quantizer's settings, in words.
     """
 
     bits_per_weight: float
@@ -35,6 +35,7 @@ class ErrorReport(Shown):
     snr: float
     weights: Tensor
     restored: Tensor
+    how: str = ""
 
     def __str__(self) -> str:
         return (
@@ -46,7 +47,8 @@ class ErrorReport(Shown):
         """The weights and the values they were rounded to, beside the errors."""
         _, (left, right) = plots.figure(1, 2, width=9, height=3)
         levels = self.restored.unique()
-        title = f"{counted(len(levels), 'distinct value')} remain"
+        title = self.how or f"{self.bits_per_weight:.3g} bits per weight"
+        title += f": {counted(len(levels), 'value')}"
         look: dict[str, Any] = {"bins": 120, "ylabel": "count"}
         rug = levels if len(levels) <= 256 else ()
         plots.histogram(
@@ -54,9 +56,12 @@ class ErrorReport(Shown):
         )
         title = f"RMSE {self.rmse:.3g}, SNR {self.snr:.1f} dB"
         error = self.restored - self.weights
-        return plots.histogram(
+        fig = plots.histogram(
             error, ax=right, colors=["orange"], title=title, xlabel="error", **look
         )
+        for ax in (left, right):
+            ax.locator_params(axis="x", nbins=5)  # more labels would collide
+        return fig
 
 
 def error_report(weights: Tensor, quantized: Quantized | Tensor) -> ErrorReport:
@@ -71,10 +76,12 @@ def error_report(weights: Tensor, quantized: Quantized | Tensor) -> ErrorReport:
         >>> error_report(torch.tensor([3.0, -4.0]), torch.tensor([3.0, -3.0]))
         32.000 bits per weight, RMSE 0.707, worst 1, SNR 14.0 dB
     """
+    how = ""
     if isinstance(quantized, Tensor):
         restored, bits = quantized, 8.0 * quantized.element_size()
     else:
         restored, bits = quantized.dequantize(torch.float32), quantized.bits_per_weight
+        how = quantized.how
     if restored.shape != weights.shape:
         raise ValueError(
             f"quantized has shape {tuple(restored.shape)}, weights {tuple(weights.shape)}; "
@@ -85,7 +92,7 @@ def error_report(weights: Tensor, quantized: Quantized | Tensor) -> ErrorReport:
     noise, signal = error.square().mean().item(), weights.double().square().mean().item()
     snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
     worst = error.abs().max().item()
-    return ErrorReport(bits, math.sqrt(noise), worst, snr, weights, restored)
+    return ErrorReport(bits, math.sqrt(noise), worst, snr, weights, restored, how)
 
 
 def compare_errors(weights: Tensor, candidates: Mapping[str, Quantized | Tensor]) -> DataFrame:

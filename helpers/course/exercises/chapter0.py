@@ -1,6 +1,8 @@
-"""Exercises of Chapter 0: sizes, steps, masks, prompts and judging."""
+"""Exercises of Chapter 0: sizes, settings, masks, curves and judging."""
 
 import functools
+import math
+import re
 
 from helpers.course.exercises import Exercise, Wrong, near, one_number
 
@@ -19,103 +21,146 @@ def _tokenizer():
     return tokenizer
 
 
-def _near(value, target):
-    return near(value, target, 0.005)
-
-
 # 0.1 ---------------------------------------------------------------------------------
 def _check_size(answer):
-    size = one_number(answer)
-    if size > 1e6:
-        raise Wrong("In GB, please: divide bytes by 1e9.")
-    if _near(size, 6.5 * 4.127 / 8 + 0.5 * 2):
+    size, codes, rest = one_number(answer), 6.5 * 4.127 / 8, 0.5 * 2
+    if near(size, codes + rest, 0.012):
         return "A quarter of the bytes are in the few tensors that were not quantized."
-    if _near(size, (6.5 * 4.127 / 8 + 0.5 * 2) * 1e9 / 2**30):
+    if size > 1000:
+        raise Wrong("In GB, please: divide bytes by 1e9.")
+    if near(size, (codes + rest) * 1e9 / 2**30, 0.005):
         raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if _near(size, 7 * 4.127 / 8):
+    if near(size, 7 * 4.127 / 8, 0.005):
         raise Wrong("That quantizes everything. Half a billion weights stay in 16 bits.")
-    if _near(size, 6.5 * 4 / 8 + 0.5 * 2) or _near(size, 3.5):
+    if near(size, codes, 0.005):
+        raise Wrong("That leaves out the half a billion weights that stay in 16 bits.")
+    if near(size, 6.5 * 4 / 8 + rest, 0.005) or near(size, 3.5, 0.005):
         raise Wrong("The codes take 4 bits; the scales of their blocks take the rest.")
-    if _near(size, 6.5 * 4.127 + 0.5 * 16):
+    if near(size, 8 * (codes + rest), 0.005):
         raise Wrong("Those are gigabits. How many bits has a byte?")
-    if _near(size, 14):
+    if near(size, 14, 0.005) or near(size, 28, 0.005):
         raise Wrong("That is the model before quantization.")
     raise Wrong("Two piles: count the weights of each, times their bits, over 8.")
 
 
 # 0.2 ---------------------------------------------------------------------------------
-def _check_steps(answer):
-    steps = one_number(answer)
-    if steps == 96:
-        return "125 batches an epoch, 32 updates (the last from one batch only), 3 epochs."
-    if steps == 32:
-        raise Wrong("That is one epoch.")
-    if steps == 375:
-        raise Wrong("Those are batches. Four of them make one update.")
-    if 93 <= steps <= 94:
+def _check_settings(answer):
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    args = answer
+    if isinstance(answer, dict):
+        machine = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
+        args = SFTConfig(**{"output_dir": "outputs/none", "report_to": "none"} | machine | answer)
+    elif not isinstance(answer, TrainingArguments):
+        raise Wrong("The answer is a dict of keywords of `SFTConfig`, or an `SFTConfig`.")
+    fit, pieces = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if fit > 4:
+        raise Wrong(f"{fit} rows at once do not fit: no more than 4 do.")
+    if fit * pieces != 16:
         raise Wrong(
-            "An epoch ends with an update of its own: the last batches are not carried "
-            "over into the next one."
+            f"An update rests on {fit} x {pieces} = {fit * pieces} rows, not on 16. "
+            "Several batches can make one update: which keyword says how many?"
         )
-    raise Wrong("How many batches has an epoch? How many updates are made of them?")
+    updates = math.ceil(args.num_train_epochs * math.ceil(math.ceil(1300 / fit) / pieces))
+    updates = args.max_steps if args.max_steps > 0 else updates
+    if not 200 <= updates <= 260:
+        raise Wrong(f"That makes {updates} updates; 200 to 260 were asked for.")
+    warm = args.get_warmup_steps(updates)
+    if not 0.05 * updates <= warm <= 0.1 * updates:
+        raise Wrong(
+            f"The steps grow over {warm} of {updates} updates, {warm / updates:.0%} of them. "
+            "5 to 10 % were asked for."
+        )
+    return f"{updates} updates of 16 rows each, {fit} at a time; the first {warm} warm up."
 
 
 # 0.3 ---------------------------------------------------------------------------------
+# Padding and end of sequence are both 2. The rows: one that ends and is filled up; two
+# answers, each with its end; one that was cut off; one that is filled up at the left.
+IDS = [[5, 6, 2, 2, 2], [7, 2, 8, 9, 2], [5, 6, 7, 2, 2], [2, 2, 5, 6, 2]]
+MASK = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]
+
+
 def _check_labels(answer):
     import torch
 
     if not callable(answer):
         raise Wrong("The answer is a function of input_ids and attention_mask.")
-    # Padding and end of sequence are both 2; row 0 ends for real, then is filled up.
-    input_ids = torch.tensor([[5, 6, 2, 2, 2], [7, 2, 8, 9, 2]])
-    attention_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    input_ids, attention_mask = torch.tensor(IDS), torch.tensor(MASK)
     before = input_ids.clone()
     labels = answer(input_ids, attention_mask)
-    if not torch.is_tensor(labels) or labels.shape != before.shape:
+    if labels is None:
+        raise Wrong("Your function returns nothing: does it end in `return labels`?")
+    labels = torch.as_tensor(labels)
+    if labels.shape != before.shape:
         raise Wrong("Return a tensor of the shape of input_ids.")
     if not torch.equal(input_ids, before):
         raise Wrong("Your function changed input_ids: the model still has to read them.")
+    right = before.masked_fill(attention_mask == 0, -100)
+    if torch.equal(labels, right):
+        return "The attention mask still knows what the ids no longer tell."
     if torch.equal(labels, before):
         raise Wrong("Nothing is masked: the padding is learned.")
-    if torch.equal(labels, before.masked_fill(before == 2, -100)):
+    if not ((labels == before) | (labels == -100)).all():
+        raise Wrong("A label is the token itself, or -100. Other numbers are tokens, too.")
+    kept, real = labels != -100, attention_mask == 1
+    if not (kept & (before == 2)).any():
         raise Wrong(
             "You masked every 2, and the real ends went with the padding: this model "
             "would never stop talking. Which of the two tensors can tell them apart?"
         )
-    if torch.equal(labels, before.masked_fill(attention_mask == 0, 0)):
-        raise Wrong("Masked is right, but 0 is a token. The loss leaves out -100.")
-    if not torch.equal(labels, before.masked_fill(attention_mask == 0, -100)):
-        raise Wrong("Compare with the mask: -100 where it is 0, the ids elsewhere.")
-    return "The attention mask knows what the ids have forgotten."
+    if not (kept & real).any() or (real & ~kept & (before != 2)).any():
+        raise Wrong("Some real tokens are masked now: compare your labels with the mask.")
+    if torch.equal(labels[:2], right[:2]):
+        raise Wrong(
+            "Right for rows that end and are filled up at the right. Try a row that was cut "
+            "off before its end, and one that is filled up at the left."
+        )
+    raise Wrong("Compare with the mask: -100 where it is 0, the ids elsewhere.")
 
 
 # 0.4 ---------------------------------------------------------------------------------
-def _check_prompt(answer):
-    tokenizer = _tokenizer()
-    if not isinstance(answer, str):
-        raise Wrong("The answer is the text of the prompt, a str (`tokenize=False`).")
-    question = MESSAGES[:1]
-    if answer == MESSAGES[0]["content"]:
-        raise Wrong("A sentence without its template: the model has to guess who speaks.")
-    if answer == tokenizer.apply_chat_template(question, tokenize=False):
-        raise Wrong(
-            "It ends with the user's turn. The model would have to open the assistant's "
-            "turn itself: one argument of `apply_chat_template` does that for it."
-        )
-    if "Cold, the coffee" in answer:
-        raise Wrong("The answer is in there already: the model would have nothing to say.")
-    wanted = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    if answer != wanted and "system" in answer:
-        raise Wrong("There is a system message in it, which training never showed.")
-    if answer != wanted and answer.strip() == wanted.strip():
-        raise Wrong("Very close: the blank space at the end is not the template's.")
-    if answer != wanted:
-        raise Wrong(f"The prompt should end where the answer begins; yours is {answer!r}.")
-    return "To the letter what every training row had before its answer."
+# Recorded every 40 updates: a small model guesses the next letter of our translations. Loss
+# of the last 40 batches and of 500 held-out letters; A learns 300 letters at a rate of 3e-3,
+# the others 8,036 at 0, 1, 3e-3 and 1e-5.
+CURVES = {
+    "A": ([4.89, 3.05, 1.23, 0.40, 0.13, 0.06, 0.03], [4.90, 3.18, 3.62, 4.23, 4.73, 5.06, 5.29]),
+    "B": ([4.90, 4.89, 4.89, 4.90, 4.89, 4.89, 4.89], [4.90, 4.90, 4.90, 4.90, 4.90, 4.90, 4.90]),
+    "C": ([4.90, 16.6, 3.18, 3.17, 3.19, 3.16, 3.21], [4.90, 3.23, 3.26, 3.16, 3.15, 3.26, 3.29]),
+    "D": ([4.90, 3.54, 2.66, 2.49, 2.36, 2.24, 2.17], [4.90, 2.89, 2.68, 2.60, 2.50, 2.45, 2.43]),
+    "E": ([4.90, 4.89, 4.88, 4.88, 4.85, 4.85, 4.84], [4.90, 4.90, 4.89, 4.88, 4.87, 4.86, 4.85]),
+}
+DIAGNOSES = {  # of each run, and where to look
+    "A": ("learned by heart", "One of its curves turns round. What does each of them measure?"),
+    "B": ("nothing is trained", "Batches differ, so one curve trembles. Does the other move?"),
+    "C": ("steps too large", "It gets worse before it gets better, and ends above run D."),
+    "D": ("goes well", "Both of its curves fall, and neither has turned."),
+    "E": ("steps too small", "Both curves move in one direction. How far do they get?"),
+}
+NAMES = sorted(name for name, _ in DIAGNOSES.values())
 
 
-def _given_prompt():
-    return {"tokenizer": _tokenizer(), "sentence": MESSAGES[0]["content"]}
+def _given_curves():
+    runs = {run: {"training": mine, "held-out": held} for run, (mine, held) in CURVES.items()}
+    return {"runs": runs, "diagnoses": NAMES}
+
+
+def _check_curves(answer):
+    if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != len(CURVES):
+        raise Wrong("One diagnosis for each of the five runs: a dict, or a list in their order.")
+    pairs = answer.items() if isinstance(answer, dict) else zip(CURVES, answer, strict=True)
+    said = {str(run).upper(): str(found).strip().lower() for run, found in pairs}
+    if said.keys() != CURVES.keys():
+        raise Wrong(f"The runs are called {', '.join(CURVES)}.")
+    if unknown := set(said.values()) - set(NAMES):
+        raise Wrong(f"{min(unknown)!r} is none of the five: {', '.join(NAMES)}.")
+    if len(set(said.values())) < len(CURVES):
+        raise Wrong("Each diagnosis fits one run, and you gave one of them twice.")
+    for run, (diagnosis, look) in DIAGNOSES.items():
+        if said[run] != diagnosis:
+            raise Wrong(f"Look at run {run} again. {look}")
+    return "Without the held-out rows, A would look best, and B like E."
 
 
 # 0.5 ---------------------------------------------------------------------------------
@@ -136,7 +181,7 @@ def _given_batches():
 
 
 def _check_batches(answer):
-    if not isinstance(answer, list | tuple) or len(answer) != 3:
+    if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != 3:
         raise Wrong("A list of three codes, one for each row.")
     codes = [str(getattr(code, "code", code)) for code in answer]
     if codes[0] == "eos_not_trained":  # in this template EOS is the end of a turn
@@ -153,32 +198,44 @@ def _check_batches(answer):
 
 
 # 0.6 ---------------------------------------------------------------------------------
-SENTENCE = "The coffee is cold."
-VERDICTS = {
-    "Cold, the coffee is.": True,
-    "Cold the coffee is": True,
-    "The coffee, cold is.": True,
-    "Cold, the tea is.": False,
-    "Cold, the coffee is, the coffee is.": False,
-    "Cold, coffee is.": False,
-    "The coffee is cold.": False,
-}
+def _last_word(sentence):
+    *front, last = sentence.rstrip(".?").split()
+    return f"{last}, {' '.join(front)}{sentence[-1]}"
 
 
-def _check_order(answer):
+@functools.cache
+def _fresh_rows():
+    """300 training rows with a word exchanged, so that nobody looks their answers up."""
+    from helpers import data
+
+    fresh = []
+    for row in data.load_yoda("train", form="columns").shuffle(seed=7):
+        if word := re.search(r"\b(?:the|a|my) (\w{4,})\b", row["sentence"], re.IGNORECASE):
+            swap = functools.partial(re.sub, rf"\b{word[1]}\b", "blorp", flags=re.IGNORECASE)
+            fresh.append((swap(row["sentence"]), swap(row["translation"])))
+    return fresh[:300]
+
+
+def _check_rules(answer):
+    from helpers import evaluation
+
     if not callable(answer):
-        raise Wrong("The answer is a function of sentence and answer.")
-    for text, wanted in VERDICTS.items():
-        if bool(answer(SENTENCE, text)) == wanted:
-            continue
-        if text == SENTENCE:
-            raise Wrong("Repeating the sentence is no translation: the order must change.")
-        if wanted:
-            raise Wrong(f"{text!r} has the same words in another order: that is allowed.")
-        if text.count("coffee") == 2:
-            raise Wrong(f"{text!r} says two words twice; a set of words cannot see that.")
-        raise Wrong(f"{text!r} lost or changed a word, and your function lets it pass.")
-    return "Every word once, in another order. `evaluation.valid_order` does the same."
+        raise Wrong("The answer is a function that takes a sentence and returns a text.")
+    asked, wanted = zip(*_fresh_rows(), strict=True)
+    answers = list(map(answer, asked))
+    if odd := [text for text in answers if not isinstance(text, str)]:
+        raise Wrong(f"Your function returned {odd[0]!r}, not a text.")
+    base = evaluation.judge(asked, wanted, list(map(_last_word, asked)))
+    report = evaluation.judge(asked, wanted, answers)
+    gain = report.interval(over=base)
+    score = f"Exact match {report.exact_match:.1f} %, a gain of {gain} points"
+    if gain.low > 10:
+        return f"{score}. How far is it from the fine-tuned model?"
+    missed = next(example for example in report.examples if not example.exact)
+    raise Wrong(
+        f"{score}: the interval should begin above 10. For {missed.sentence!r} you say "
+        f"{missed.answer!r}; right is {missed.reference!r}."
+    )
 
 
 EXERCISES = [
@@ -194,13 +251,14 @@ EXERCISES = [
     ),
     Exercise(
         "0.2",
-        "How many times is the adapter updated?",
-        _check_steps,
+        "Choose the settings",
+        _check_settings,
         (
-            "1,000 rows in batches of 8: how many batches in an epoch?",
-            "Four batches make an update, and what is left at the end makes one more.",
+            "First the two numbers whose product is 16, then how many updates an epoch has.",
+            "1,300 rows in updates of 16: a little over 80 updates an epoch.",
         ),
-        "import math\n\nanswer = 3 * math.ceil(math.ceil(1000 / 8) / 4)",
+        "answer = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)\n"
+        "answer |= dict(num_train_epochs=3, warmup_steps=20)",
     ),
     Exercise(
         "0.3",
@@ -215,17 +273,14 @@ EXERCISES = [
     ),
     Exercise(
         "0.4",
-        "The prompt that the model was trained on",
-        _check_prompt,
+        "What went wrong in these runs?",
+        _check_curves,
         (
-            "`apply_chat_template` wants a list with one message, of role 'user'.",
-            "`add_generation_prompt=True` opens the assistant's turn.",
+            "Ask of each run: does the training loss fall? Does the held-out loss follow?",
+            "Of the two that hardly move, one does not move at all on the held-out rows.",
         ),
-        'messages = [{"role": "user", "content": given["sentence"]}]\n'
-        'answer = given["tokenizer"].apply_chat_template(\n'
-        "    messages, tokenize=False, add_generation_prompt=True\n"
-        ")",
-        _given_prompt,
+        f"answer = { {run: name for run, (name, _) in DIAGNOSES.items()} }",
+        _given_curves,
     ),
     Exercise(
         "0.5",
@@ -245,15 +300,20 @@ EXERCISES = [
     ),
     Exercise(
         "0.6",
-        "Write the judge yourself",
-        _check_order,
+        "Rules against the baseline",
+        _check_rules,
         (
-            "`data.words(text)` gives the words, without capitals and punctuation.",
-            "The same words, each as often (sort them, or count them), in another order.",
+            "Where would you cut 'The blorp is cold.'? And 'She will open the gate.'?",
+            "Cut behind the first auxiliary (is, was, will, can, must, ...) and its 'not'; "
+            "where there is none, the last word is a fair guess.",
         ),
-        "from helpers import data\n\n\n"
-        "def answer(sentence, answer):\n"
-        "    before, after = data.words(sentence), data.words(answer)\n"
-        "    return sorted(before) == sorted(after) and before != after",
+        "VERBS = 'is are was were am will can must may should could has have had'.split()\n\n\n"
+        "def answer(sentence):\n"
+        "    words = sentence.rstrip('.?').split()\n"
+        "    found = [i + 1 for i, word in enumerate(words) if i and word in VERBS]\n"
+        "    cut = found[0] if found else len(words) - 1\n"
+        "    cut += words[cut] == 'not'\n"
+        "    return f\"{' '.join(words[cut:])}, {' '.join(words[:cut])}\"",
+        lambda: {"baseline": _last_word, "sentences": [row[0] for row in _fresh_rows()[:20]]},
     ),
 ]

@@ -1,72 +1,90 @@
 """Chapter 1: attention, heads, generation, and when to fine-tune."""
 
+import functools
+import itertools
 import math
 
 from helpers.course.exercises import Exercise, Wrong, one_number
 
 
-def _numbers(answer, expected, name):
-    """The answer as a list of floats, whatever it came in."""
-    try:
-        numbers = [float(x) for x in answer]
-    except TypeError:
-        raise Wrong(f"Give {name} as a list of {expected} numbers.") from None
-    if len(numbers) != expected:
-        raise Wrong(f"You gave {len(numbers)} numbers, and there are {expected} keys.")
-    return numbers
-
-
-def _close(a, b, tolerance=2e-3):
-    return abs(a - b) <= tolerance * max(1.0, abs(b))
+def _words(answer, known, count):
+    """The answer as a list of that many known words, whatever it came in."""
+    if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != count:
+        raise Wrong(f"Give a list of {count} words, one per case.")
+    words = [" ".join(str(word).lower().replace("-", " ").split()) for word in answer]
+    for number, word in enumerate(words, 1):
+        if word not in known:
+            choices = ", ".join(repr(choice) for choice in known)
+            raise Wrong(f"Case {number}: {word!r} is none of {choices}.")
+    return words
 
 
 # ── 1.1 ──────────────────────────────────────────────────────────────────────────────────
-def _softmax(scores):
-    powers = [math.exp(score - max(scores)) for score in scores]
-    return [power / sum(powers) for power in powers]
+CHANGES = (
+    ("sharper", "all differences between scores grow threefold. What does softmax make of that?"),
+    ("same", "every score of a row grows by the same number. What does softmax do with it?"),
+    ("same", "where in the formula do the values come in, before the softmax or after it?"),
+    ("flatter", "the scores come out smaller than they should. What does softmax make of that?"),
+    ("same", "a dot product depends on two lengths and the angle *between* the two vectors."),
+    ("flatter", "halve both, and what becomes of their product, the score?"),
+)
 
 
-def _check_by_hand(answer):
-    weights = _numbers(answer, 3, "the weights")
-    dots = [3.0, 1.0, -3.0]  # query (3, 1) with keys (1, 0), (0, 1), (-1, 0)
-    right = _softmax([dot / math.sqrt(2) for dot in dots])
-
-    def same(other):
-        return all(_close(a, b) for a, b in zip(weights, other, strict=True))
-
-    if same(right):
-        return (
-            "The key the query points at takes most of it, yet even the opposite one keeps "
-            "a little: softmax never says zero. Only a mask does."
-        )
-    if same([dot / math.sqrt(2) for dot in dots]) or same(dots):
-        raise Wrong("These are scores. Attention weights are what softmax makes of them.")
-    if same(_softmax(dots)):
-        raise Wrong("The softmax is right, but the scores went in unscaled.")
-    if same(_softmax([dot / 2 for dot in dots])):
-        raise Wrong("You divided the scores by the number of features, not by its root.")
-    if not _close(sum(weights), 1):
-        raise Wrong(f"Weights of one query sum to 1; yours sum to {sum(weights):.3f}.")
-    raise Wrong("They sum to 1, so the softmax works. Look at the dot products again.")
+def _check_changes(answer):
+    words = _words(answer, ("sharper", "flatter", "same"), len(CHANGES))
+    for number, (word, (right, clue)) in enumerate(zip(words, CHANGES, strict=True), 1):
+        if word != right:
+            raise Wrong(f"Case {number} is not {word!r}: {clue}")
+    return (
+        "Only differences between the scores of a row count. The fifth case is RoPE: turning "
+        "all by the same angle changes nothing, so only the distance matters."
+    )
 
 
 # ── 1.2 ──────────────────────────────────────────────────────────────────────────────────
-def _check_spread(answer):
-    spread = one_number(answer)
-    if _close(spread, 32):
-        return (
-            "Each of the 256 products has a variance of 4, variances add, and the root of "
-            "1024 is 32. Dividing by sqrt(256) would leave 2, the query's own spread."
-        )
-    if _close(spread, 1024):
-        raise Wrong("That is the variance. The spread is its root.")
-    if _close(spread, 16):
-        raise Wrong("Right for queries of spread 1. Here theirs is 2.")
-    if _close(spread, 512):
-        raise Wrong("Spreads do not add up over the features; variances do.")
-    if _close(spread, 2):
-        raise Wrong("That is the spread after dividing by sqrt(256); we ask for before.")
-    raise Wrong("Start from the variance of one product, then add 256 of them.")
+PANELS = {"A": "wrong axis", "B": "no scale", "C": "late mask", "D": "healthy", "E": "no mask"}
+CLUES = {
+    "no mask": "is the upper right, the future, really empty?",
+    "late mask": "the first token can look only at itself. How much weight should it give there?",
+    "wrong axis": "add up the last column, then the last row. Which of the two makes 1?",
+    "no scale": "how many tokens share the weight of a row? Compare with the other pictures.",
+    "healthy": "check the future, the first row, the last column: is there anything wrong?",
+}
+
+
+def _pictures():
+    """Causal attention with the same queries and keys, right and wrong."""
+    import torch
+
+    from helpers import plots
+
+    query, key = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(5))
+    dots, future = query @ key.T, torch.ones(8, 8, dtype=torch.bool).triu(1)
+    hidden = dots.masked_fill(future, -math.inf)
+    weights = {
+        "healthy": (hidden / 8).softmax(-1),
+        "no mask": (dots / 8).softmax(-1),
+        "late mask": (dots / 8).softmax(-1) * ~future,
+        "no scale": hidden.softmax(-1),
+        "wrong axis": (hidden / 8).softmax(-2),
+    }
+    fig, axes = plots.figure(1, 5, width=11, height=2.5, alt="Attention weights, five times.")
+    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+        plots.heatmap(weights[label].numpy(), ax=ax, limits=(0, 1), title=name, xlabel="key")
+        ax.set_aspect("equal")
+    axes[0].set_ylabel("query")
+    fig.colorbar(axes[0].images[0], ax=axes, label="weight")
+    return fig
+
+
+def _check_diagnosis(answer):
+    if isinstance(answer, dict):
+        answer = [answer.get(name, "") for name in PANELS]
+    words = _words(answer, CLUES, len(PANELS))
+    for word, (name, right) in zip(words, PANELS.items(), strict=True):
+        if word != right:
+            raise Wrong(f"Picture {name} is not {word!r}: {CLUES[right]}")
+    return "Nothing in the code complains about any of these; a look at the weights shows them."
 
 
 # ── 1.3 ──────────────────────────────────────────────────────────────────────────────────
@@ -102,176 +120,218 @@ def _check_mask(answer):
 
 
 # ── 1.4 ──────────────────────────────────────────────────────────────────────────────────
-def _check_attention(answer):
+def _many_heads(query, key, value, heads, *faults):
+    """Causal attention of many heads, with faults: 'split', 'merge', 'scale', 'mask'."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
+
+    tokens, features = query.shape
+
+    def split(x):
+        if "split" in faults:
+            return x.reshape(heads, tokens, -1)
+        return x.reshape(tokens, heads, -1).transpose(0, 1)
+
+    scores = split(query) @ split(key).transpose(-2, -1)
+    scores = scores / (features if "scale" in faults else features / heads) ** 0.5
+    if "mask" not in faults:
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    output = scores.softmax(-1) @ split(value)
+    return (output if "merge" in faults else output.transpose(0, 1)).reshape(tokens, features)
+
+
+FAULTS = {
+    "mask": "A token sees the future now; the mask was right.",
+    "split": "The heads are still cut wrongly: a head takes its features from each token's row.",
+    "merge": "The heads are joined wrongly: put the tokens first again, then join their heads.",
+    "scale": "Only the scale is left: over how many features does one head's dot product run?",
+}
+
+
+def _check_bugs(answer):
+    import torch
 
     if not callable(answer):
-        raise Wrong("The answer should be a function of `query`, `key` and `value`.")
+        raise Wrong("The answer should be a function of `Q`, `K`, `V` and `heads`.")
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, 6, 16, generator=generator)
-    output = answer(query.clone(), key.clone(), value.clone())
-    if not isinstance(output, torch.Tensor) or output.shape != query.shape:
-        got = tuple(getattr(output, "shape", ())) or type(output).__name__
-        raise Wrong(f"Expected a tensor of the query's shape {tuple(query.shape)}, got {got}.")
-
-    def same(weights):
-        return torch.allclose(output, weights @ value, atol=1e-4)
-
-    def check(expected):
-        return torch.allclose(output, expected, atol=1e-4)
-
-    if check(scaled_dot_product_attention(query, key, value, is_causal=True)):
-        return "Five lines, and the heart of every model in this book."
-    may_look = torch.ones(6, 6, dtype=torch.bool).tril()
-    dots = query @ key.transpose(-2, -1)
-    hidden = (dots / 4).masked_fill(~may_look, -math.inf)
-    if check(scaled_dot_product_attention(query, key, value)):
-        raise Wrong("Equal to PyTorch without a mask: your tokens can see the future.")
-    if same(dots.masked_fill(~may_look, -math.inf).softmax(-1)):
-        raise Wrong("Only the scale is missing.")
-    if same((dots / 16).masked_fill(~may_look, -math.inf).softmax(-1)):
-        raise Wrong("You divided by head_dim; its square root is asked for.")
-    if same((dots / 4).softmax(-1) * may_look):
-        raise Wrong(
-            "You masked after the softmax, so the rows no longer sum to 1: the future has "
-            "already taken its share. Mask the scores."
-        )
-    if same((dots / 4).masked_fill(~may_look, 0).softmax(-1)):
-        raise Wrong("A masked score of 0 still gets weight, because exp(0) is 1.")
-    if same(hidden.softmax(-2).nan_to_num()):
-        raise Wrong("The softmax runs over the queries; each query's row should sum to 1.")
-    if output.isnan().any():
-        raise Wrong("There are NaNs: is some row masked entirely, or the mask inverted?")
-    raise Wrong("Not equal to PyTorch's. Check scale, mask and softmax one at a time.")
+    for tokens, features, heads in ((5, 12, 1), (5, 12, 3), (6, 16, 4), (4, 8, 8)):
+        matrices = torch.randn(3, tokens, features, generator=generator)
+        output = answer(*matrices.clone(), heads)
+        where = f"with {tokens} tokens, {features} features and heads={heads}"
+        shape = tuple(getattr(output, "shape", ())) or type(output).__name__
+        if shape != (tokens, features):
+            raise Wrong(f"Expected a tensor of shape {(tokens, features)} {where}, got {shape}.")
+        output = torch.as_tensor(output)
+        if output.isnan().any():
+            raise Wrong(f"There are NaNs {where}: is some row masked entirely?")
+        choices = (some for n in range(5) for some in itertools.combinations(FAULTS, n))
+        for faults in choices:
+            expected = _many_heads(*matrices, heads, *faults).to(output.dtype)
+            if torch.allclose(output, expected, atol=1e-4):
+                break
+        else:
+            raise Wrong(f"Not right {where}. Try heads=1 first, then the steps one at a time.")
+        if faults:
+            raise Wrong(FAULTS[faults[0]])
+    return "The first two let tokens mix features of other tokens, and every shape still fits."
 
 
 # ── 1.5 ──────────────────────────────────────────────────────────────────────────────────
-CACHE = 30 * 2 * 3 * 64 * 2
+TOKEN = 30 * 2 * 3 * 64 * 2  # bytes: layers, K and V, heads, features, bytes of a number
 
 
 def _check_cache(answer):
-    number = one_number(answer)
-    if number == CACHE:
-        return (
-            "At the full context of 8,192 tokens that is 189 MB (1e6) per sequence; nine "
-            "key-value heads would need 566 MB. That is what grouped-query attention buys."
-        )
-    known: dict[float, str] = {
-        CACHE * 3: "Keys and values come from the 3 key-value heads, not from all 9 heads.",
-        CACHE // 2: "Half of it. Keys and values both? And two bytes per number?",
-        CACHE * 2: "A bf16 number takes 2 bytes, not 4.",
-        CACHE // 30: "That is one layer; every layer keeps its own.",
-        CACHE * 8192: "That is for the whole context; one token is asked for.",
+    number, room = one_number(answer), 4e9 / 2000
+    if number == room // TOKEN:
+        return "With a key-value head per query head it would be 28: that is what sharing buys."
+    known = {
+        room / (3 * TOKEN): "Keys and values come from the 3 key-value heads, not from all 9.",
+        room / (TOKEN / 2): "Twice as many as fit. Keys and values both? Two bytes per number?",
+        room / (2 * TOKEN): "Half of it: a bfloat16 number takes 2 bytes, not 4.",
+        room / (TOKEN / 30): "That is for one layer; every layer keeps its own keys and values.",
+        room * 1.073741824 / TOKEN: "GB is 1e9 bytes here, not 2**30.",
+        4e9 / TOKEN: "That is the number of tokens; one conversation has 2,000.",
+        4e9 / 8192 / TOKEN: "That is for conversations of 8,192 tokens; here they have 2,000.",
     }
-    raise Wrong(
-        known.get(
-            number,
-            "Multiply: layers, two kinds of vectors, key-value heads, head_dim, bytes.",
-        )
-    )
+    if abs(number - room / TOKEN) < 1:
+        raise Wrong("Nearly: whole conversations only, and the last one must fit too.")
+    for other, feedback in known.items():
+        if abs(number - other) < max(1, 1e-3 * other):
+            raise Wrong(feedback)
+    raise Wrong("First the bytes of one token: layers, K and V, key-value heads, features, 2.")
 
 
 # ── 1.6 ──────────────────────────────────────────────────────────────────────────────────
 def _planted(layers, heads, chosen, seed):
-    """Causal attention of random heads, one of which looks at the token before.
-
-    Others look at themselves, at the first token, or at everything (as real heads do).
-    """
+    """Random heads: one looks at earlier equal tokens, the decoys have the other `JOBS`."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    tokens = 12
-    scores = torch.randn(layers, heads, tokens, tokens, generator=generator)
-    itself, before = torch.eye(tokens), torch.diag(torch.ones(tokens - 1), -1)
-    scores[(chosen[0] + 1) % layers, chosen[1]] += 9 * itself
-    scores[chosen[0], (chosen[1] + 1) % heads, :, 0] += 9
-    scores[chosen] += 5 * before
-    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1)
+    words = ["a", "b", "c", "d", "b", "e", "a", "f", "c", "g", "b", "d"]
+    n = len(words)
+    scores = torch.randn(layers, heads, n, n, generator=generator)
+    equal = torch.tensor([[float(x == y) for y in words] for x in words]).tril(-1)
+    first, once = torch.zeros(2, n, n)
+    first[:, 0], once[6, 0] = 9, 12
+    before = torch.diag(torch.ones(n - 1), -1)
+    jobs = [12 * torch.eye(n), 9 * before, first, 9 * equal.roll(1, 1), once]
+    order = torch.randperm(layers * heads, generator=generator).tolist()
+    places = [divmod(i, heads) for i in order if divmod(i, heads) not in (chosen, chosen[::-1])]
+    decoys = dict(zip(JOBS, places, strict=False))
+    for place, job in zip(decoys.values(), jobs, strict=True):
+        scores[place] += job
+    scores[chosen] += 5 * equal
+    future = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return words, scores.masked_fill(future, -math.inf).softmax(-1), decoys
 
 
-def _check_previous_head(answer):
+JOBS = {
+    "itself": "That head looks at the token itself. Count *earlier* occurrences only.",
+    "before": "That head looks at the token before, whatever it is.",
+    "first": "That head looks at the first token, a resting place.",
+    "followed": "That is an induction head: it looks at what came *after* the equal token.",
+    "once": "That head does it for a single pair of tokens. Take the mean over all pairs.",
+}
+
+
+def _check_finder(answer):
     if not callable(answer):
-        raise Wrong("The answer should be a function of `weights`.")
-    for layers, heads, chosen, seed in (
-        (3, 4, (1, 2), 0),
-        (5, 2, (4, 1), 1),
-        (2, 6, (0, 3), 2),
-    ):
-        weights = _planted(layers, heads, chosen, seed)
-        found = answer(weights.clone())
+        raise Wrong("The answer should be a function of `weights` and `tokens`.")
+    cases = ((3, 4, (1, 2)), (5, 2, (4, 1)), (2, 6, (0, 3)), (4, 3, (2, 0)))
+    for seed, (layers, heads, chosen) in enumerate(cases):
+        words, weights, decoys = _planted(layers, heads, chosen, seed)
+        found = answer(weights.clone(), list(words))
         try:
             found = tuple(int(number) for number in found)
         except TypeError:
-            if int(found) == chosen[0] * heads + chosen[1]:
+            if found is not None and int(found) == chosen[0] * heads + chosen[1]:
                 raise Wrong(
-                    f"{int(found)} is the right head counted through all layers. Turn it "
-                    f"into (layer, head): there are {heads} heads in a layer here."
+                    "The right head, counted through all layers. Give (layer, head)."
                 ) from None
             raise Wrong("Return two numbers, `(layer, head)`.") from None
         if found == chosen:
             continue
-        if found == ((chosen[0] + 1) % layers, chosen[1]):
-            raise Wrong("That head looks at the token itself: you took the main diagonal.")
-        if found == (chosen[0], (chosen[1] + 1) % heads):
-            raise Wrong("That head stares at the first token, a resting place, not a neighbor.")
+        for job, place in decoys.items():
+            if found == place:
+                raise Wrong(JOBS[job])
         if found == chosen[::-1]:
             raise Wrong("The right head, the wrong way round: (layer, head), please.")
-        raise Wrong(
-            f"In {layers} layers of {heads} heads you found {found}; another one has more "
-            "weight just below the main diagonal."
-        )
-    return (
-        "A head of this kind in a lower layer is half of an induction head: it tells every "
-        "token what came before it, so a later layer can ask what followed this one."
-    )
+        raise Wrong(f"Head {found} gives less weight to earlier equal tokens than another one.")
+    return "Published studies call these duplicate-token heads (Wang and colleagues, 2022)."
 
 
 # ── 1.7 ──────────────────────────────────────────────────────────────────────────────────
-def _clockwork(ids):
-    """A toy model: what comes next depends on the last *two* tokens and the length."""
+@functools.cache
+def _toy():
+    """Logits of a model with 200 tokens: six likely ones after each, and a long tail."""
     import torch
 
-    logits = torch.zeros(10)
-    logits[(ids[-1] + ids[-2]) % 10] = 2.0
-    logits[9] = 4.0 if len(ids) >= 7 else 0.0  # 9 ends the text
-    logits[3] = 1.9
-    return logits
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(200, 200, generator=generator) * 0.5
+    likely = torch.stack([torch.randperm(200, generator=generator)[:6] for _ in range(200)])
+    return table.scatter(1, likely, torch.linspace(5.8, 4.3, 6).expand(200, 6))
 
 
-def _check_greedy(answer):
+def _measure(decoder, prompts=10, steps=80):
+    """(share of repeated triples, mean log-probability of a token) of a decoder's texts."""
+    repeated, likely = 0.0, 0.0
+    for k in range(prompts):
+        start = [k, k + 50, k + 100]
+        text = decoder(lambda ids: _toy()[int(ids[-1])].clone(), list(start), steps)
+        try:
+            text = [int(token) for token in text]
+        except TypeError:
+            raise Wrong("Return the ids as one list.") from None
+        if text[:3] != start:
+            raise Wrong("Return `ids` and the new tokens together, `ids` first.")
+        if len(text) != 3 + steps:
+            raise Wrong(f"{steps} new tokens are due; you returned {len(text) - 3}.")
+        if not all(0 <= token < 200 for token in text):
+            raise Wrong("There are only the tokens 0 to 199, the places in the logits.")
+        triples = list(zip(text, text[1:], text[2:], strict=False))
+        repeated += (1 - len(set(triples)) / len(triples)) / prompts
+        chances = (_toy()[a].softmax(-1)[b].item() for a, b in itertools.pairwise(text[2:]))
+        likely += sum(map(math.log, chances)) / steps / prompts
+    return repeated, likely
+
+
+@functools.cache
+def _baselines():
+    import torch
+
+    dice = torch.Generator().manual_seed(0)
+
+    def measure(choose):
+        def decoder(next_logits, ids, steps):
+            for _ in range(steps):
+                ids.append(int(choose(next_logits(ids).softmax(-1))))
+            return ids
+
+        return _measure(decoder)
+
+    return measure(torch.argmax), measure(lambda x: torch.multinomial(x, 1, generator=dice))
+
+
+def _told(repeated, likely):
+    return f"{repeated:.0%} of the triples of tokens repeated, {likely:.2f} nats per token"
+
+
+def _baseline_text():
+    greedy, drawn = _baselines()
+    return f"greedy: {_told(*greedy)}\ndrawn:  {_told(*drawn)}"
+
+
+def _check_decoder(answer):
     if not callable(answer):
-        raise Wrong("The answer should be a function of `next_logits`, `ids`, `steps`, `eos`.")
-    lengths = []
-
-    def watched(ids):
-        ids = [int(x) for x in ids]
-        if len(ids) < 2:
-            raise Wrong(
-                "The model was given a single token. It has no memory of its own: hand it "
-                "the whole text so far at every step."
-            )
-        lengths.append(len(ids))
-        return _clockwork(ids)
-
-    start = [1, 2]
-    found = [int(x) for x in answer(watched, list(start), 20, 9)]
-    if len(lengths) > 1 and len(set(lengths)) == 1:
-        raise Wrong("Every step saw the same text: append the new token before you go on.")
-    right = [1, 2, 3, 5, 8, 3, 1, 9]
-    if found == right:
-        short = [int(x) for x in answer(_clockwork, list(start), 3, 9)]
-        if short != right[:5]:
-            raise Wrong(f"With steps=3 three new tokens are due; you returned {short}.")
-        return "That is all `generate` does at heart. The rest is speed, choice and stopping."
-    if found == right[:-1]:
-        raise Wrong("Almost: keep the end-of-text token, so a reader sees the text is over.")
-    if found == right[2:]:
-        raise Wrong("Those are the new tokens; return the prompt and the new tokens together.")
-    if len(found) > len(right) and found[: len(right)] == right:
-        raise Wrong("It ran past the end-of-text token. Who stops it?")
-    raise Wrong(f"Expected greedy choices, the likeliest token each time; you got {found}.")
+        raise Wrong("The answer should be a function of `next_logits`, `ids` and `steps`.")
+    repeated, likely = _measure(answer)
+    greedy, drawn = _baselines()
+    yours = f"Your text has {_told(repeated, likely)}."
+    if likely < drawn[1] + 0.3:
+        raise Wrong(f"{yours} It takes unlikely tokens, as plain drawing does, or more of them.")
+    if repeated > greedy[0] / 4:
+        raise Wrong(f"{yours} It goes round in circles, more than a quarter as much as greedy.")
+    return f"{yours} Try it on the real model: does a better number read better, too?"
 
 
 # ── 1.8 ──────────────────────────────────────────────────────────────────────────────────
@@ -289,17 +349,9 @@ WHY = {
 }
 
 
-def _case_list():
-    return list(CASES)
-
-
 def _check_when(answer):
-    if isinstance(answer, str) or len(answer) != len(CASES):
-        raise Wrong(f"Give a list of {len(CASES)} words, one per case.")
-    words = [str(word).strip().lower().replace("finetune", "fine-tune") for word in answer]
-    for number, word in enumerate(words, 1):
-        if word not in WHY:
-            raise Wrong(f"Case {number}: {word!r} is none of 'prompt', 'rag', 'fine-tune'.")
+    known = {word.replace("-", " "): word for word in WHY} | {"finetune": "fine-tune"}
+    words = [known[word] for word in _words(answer, known, len(CASES))]
     for number, (word, (case, right)) in enumerate(zip(words, CASES.items(), strict=True), 1):
         if word != right:
             raise Wrong(f"Case {number} ({case}): {WHY[right]}")
@@ -309,31 +361,27 @@ def _check_when(answer):
 EXERCISES = [
     Exercise(
         "1.1",
-        "Three weights by hand",
-        _check_by_hand,
+        "Sharper, flatter or the same",
+        _check_changes,
         hints=(
-            "A dot product is one multiplication per feature, then a sum.",
-            "Divide the three dot products by sqrt(2), because there are two features.",
-            "Softmax: exp of each scaled score, divided by the sum of the three.",
+            "Follow each change through the formula: scores, softmax, values.",
+            "Adding one number to all scores of a row changes no weight; stretching does.",
         ),
-        solution="""\
-import torch
-
-query = torch.tensor([3.0, 1.0])
-keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-answer = (keys @ query / 2**0.5).softmax(-1).tolist()
-""",
+        solution='answer = ["sharper", "same", "same", "flatter", "same", "flatter"]\n',
     ),
     Exercise(
         "1.2",
-        "The spread of a dot product",
-        _check_spread,
+        "Five pictures, four mistakes",
+        _check_diagnosis,
         hints=(
-            "The variance of a product of two independent, centered numbers is the product "
-            "of their variances.",
-            "Variances of independent terms add up. Take the root at the very end.",
+            "Three questions: is the future empty, does the first row give 1 to the first "
+            "token, and is a row shared by several tokens?",
+            "With the softmax down the columns, the last column has one entry to share: 1.",
         ),
-        solution="answer = (256 * 2**2 * 1**2) ** 0.5\n",
+        solution="""\
+answer = ["wrong axis", "no scale", "late mask", "healthy", "no mask"]
+""",
+        given=_pictures,
     ),
     Exercise(
         "1.3",
@@ -353,65 +401,77 @@ def answer(queries, keys):
     ),
     Exercise(
         "1.4",
-        "Causal attention, from memory",
-        _check_attention,
+        "Three bugs between the heads",
+        _check_bugs,
         hints=(
-            "Scores, scale, mask, softmax, values: in this order.",
-            "`scores.masked_fill(~mask, float('-inf'))` before `softmax(-1)`.",
+            "Split a small matrix of numbers 0 to 11 by hand, and compare with the reshape.",
+            "A row belongs to a token. Split it into (tokens, heads, size) first, then move "
+            "the heads to the front; on the way back do the same steps in reverse.",
+            "The scale belongs to the features of one head.",
         ),
         solution="""\
 import torch
 
 
-def answer(query, key, value):
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
-    tokens = scores.shape[-1]
+def answer(Q, K, V, heads):
+    tokens, features = Q.shape
+    q, k, v = (x.reshape(tokens, heads, -1).transpose(0, 1) for x in (Q, K, V))
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ value
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    return (weights @ v).transpose(0, 1).reshape(tokens, features)
 """,
     ),
     Exercise(
         "1.5",
-        "What one token leaves in the cache",
+        "How many conversations fit",
         _check_cache,
         hints=(
-            "Each layer keeps two vectors per key-value head: which two?",
-            "30 layers × 2 × 3 heads × 64 numbers × the bytes of a bf16 number.",
+            "Each layer keeps two vectors per key-value head and token: which two?",
+            "A token takes 30 layers × 2 × 3 heads × 64 numbers × the bytes of a number.",
         ),
-        solution="answer = 30 * 2 * 3 * 64 * 2\n",
+        solution="answer = 4e9 // (2000 * 30 * 2 * 3 * 64 * 2)\n",
     ),
     Exercise(
         "1.6",
-        "Find the head that looks one token back",
-        _check_previous_head,
+        "Find the head that looks at equal tokens",
+        _check_finder,
         hints=(
-            "`weights.diagonal(-1, dim1=-2, dim2=-1)` is what each gives its neighbor.",
-            "Take its mean over the tokens, then `argmax`: it counts through all heads.",
-            "`divmod(index, heads)` turns such a count into (layer, head).",
+            "First collect the pairs of places (i, j) with j < i and equal tokens.",
+            "`weights[:, :, i, j]` takes lists of places; its mean over the pairs scores a head.",
+            "`divmod(index, heads)` turns the place of `argmax` into (layer, head).",
         ),
         solution="""\
-def answer(weights):
-    score = weights.diagonal(-1, dim1=-2, dim2=-1).mean(-1)
+def answer(weights, tokens):
+    pairs = [
+        (i, j) for i in range(len(tokens)) for j in range(i) if tokens[i] == tokens[j]
+    ]
+    looking, looked_at = (list(places) for places in zip(*pairs))
+    score = weights[:, :, looking, looked_at].mean(-1)
     return divmod(int(score.argmax()), score.shape[1])
 """,
     ),
     Exercise(
         "1.7",
-        "A greedy generator",
-        _check_greedy,
+        "Beat greedy and plain drawing",
+        _check_decoder,
         hints=(
-            "A `for` loop over the steps: ask for logits of the whole text, take `argmax`.",
-            "Append first, then look whether it was `eos` and leave the loop.",
+            "Draw, but not from the long tail: section 9 has three settings for that.",
+            "Or choose, but never a token that would repeat what the text has already said.",
         ),
         solution="""\
-def answer(next_logits, ids, steps, eos):
+import torch
+
+
+def answer(next_logits, ids, steps):
     ids = list(ids)
     for _ in range(steps):
-        ids.append(int(next_logits(ids).argmax()))
-        if ids[-1] == eos:
-            break
+        top = next_logits(ids).topk(5)
+        drawn = torch.multinomial(top.values.softmax(-1), 1)
+        ids.append(int(top.indices[drawn]))
     return ids
 """,
+        given=_baseline_text,
     ),
     Exercise(
         "1.8",
@@ -422,6 +482,6 @@ def answer(next_logits, ids, steps, eos):
             "Two cases lack facts, two lack behavior, one lacks nothing.",
         ),
         solution='answer = ["rag", "fine-tune", "prompt", "rag", "fine-tune"]\n',
-        given=_case_list,
+        given=lambda: list(CASES),
     ),
 ]
