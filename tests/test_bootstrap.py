@@ -619,7 +619,7 @@ def test_colab_gets_what_is_missing_and_the_next_cells_run(colab, repository, tm
     content = tmp_path / "content"
     content.mkdir()
     chapter = nbformat.read(ROOT / "Chapter0.ipynb", as_version=4)
-    code = [cell for cell in chapter.cells if cell.cell_type == "code"][:7]
+    code = [cell for cell in chapter.cells if cell.cell_type == "code"][:9]
     chapter.cells = [*code, nbformat.v4.new_code_cell(EXPLORER)]
     nbformat.write(chapter, content / "Chapter0.ipynb")
     (tmp_path / "run.py").write_text(RUN_CELLS)
@@ -638,7 +638,7 @@ def test_colab_gets_what_is_missing_and_the_next_cells_run(colab, repository, tm
     assert "peft==" not in said and "accelerate==" not in said, "those were good enough"
     assert "colab" in text_of(ran[1])
     # In four bits; what is not quantized is in float32, or in bfloat16 where that is fast.
-    assert re.search(r"takes +(166\.5|109\.8) MB", text_of(ran[2])), text_of(ran[2])
+    assert re.search(r"takes +(166\.5|109\.8) MB", text_of(ran[3])), text_of(ran[3])
     assert "moved: True 7.7.1" in text_of(ran[-1])
 
     after = versions(python)

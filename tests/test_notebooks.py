@@ -219,12 +219,12 @@ def test_a_short_chapter0_runs_and_its_model_has_begun_to_learn(tmp_path, monkey
     """Twelve steps of two rows, twelve questions; the rest is as readers run it."""
     source = (ROOT / "Chapter0.ipynb").read_text(encoding="utf-8")
     for old, new in {
-        "(seed=42).select(range(1000))": "(seed=42).select(range(24))",
+        "everything.select(range(1200))": "everything.select(range(24))",
         r"test = data.load_yoda(\"test\")": r"test = data.load_yoda(\"test\").select(range(12))",
-        r"per_device_train_batch_size\": 8": r"per_device_train_batch_size\": 2",
+        r"per_device_train_batch_size\": 4": r"per_device_train_batch_size\": 2",
         r"warmup_steps\": 10": r"warmup_steps\": 1",
         "prompt, max_new_tokens=40": "prompt, max_new_tokens=8",
-        "asked, limit=12": "asked, limit=1",
+        "validation.select(range(30))": "validation.select(range(1))",
         "(model, tokenizer, prompts)": "(model, tokenizer, prompts, max_new_tokens=9)",
         "test.select(range(8))": "test.select(range(1))",
     }.items():
@@ -246,10 +246,10 @@ def test_chapter0_runs_top_to_bottom_and_its_model_has_learned():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The adapter lies in outputs/chapter0/adapter" in done.stdout
     scores = json.loads((ROOT / "outputs/chapter0/scores.json").read_text())
-    # Floors under what six runs gave: 82.7 to 87.3, 92.0 to 94.7, 96.9 to 98.2.
-    assert scores["fine-tuned"]["exact match (%)"] >= 80
-    assert scores["fine-tuned"]["valid order (%)"] >= 88
-    assert scores["fine-tuned"]["chrF"] >= 95
+    # Floors under what the runs of helpers/yoda/runs.csv gave.
+    assert scores["fine-tuned"]["exact match (%)"] >= 84
+    assert scores["fine-tuned"]["valid order (%)"] >= 90
+    assert scores["fine-tuned"]["chrF"] >= 96
     assert scores["base"]["exact match (%)"] < 10
     assert complaints_of("Chapter0") == []
 
