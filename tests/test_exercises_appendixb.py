@@ -57,6 +57,22 @@ def quantiles(count=16):
     return np.quantile(exercises.given("B.8"), (np.arange(count) + 0.5) / count)
 
 
+def unsigned_infinity(pattern, exponent_bits, mantissa_bits):
+    number = decoder()(pattern, exponent_bits, mantissa_bits)
+    return abs(number) if math.isinf(number) else number
+
+
+def by_conversion(patterns):
+    numbers = torch.from_numpy(patterns).to(torch.uint32).view(torch.float32)
+    return numbers.bfloat16().view(torch.uint16)
+
+
+def by_the_rest(patterns):
+    """Another algorithm: compare what is cut off with a half."""
+    kept, rest = np.divmod(patterns, 2**16)
+    return kept + ((rest > 2**15) | ((rest == 2**15) & (kept % 2 == 1)))
+
+
 NF4 = quantization.four_bit.nf4_code_book().numpy()
 FP4 = floats.values("fp4_e2m1") / 6
 FP4_AND_ONE = [*FP4[:8], 0.04, *FP4[8:]]  # its sixteenth pattern, a second zero, put to use
@@ -78,7 +94,7 @@ WRONG = [
     ("B.2", (258, 512, 512), "A: which two"),
     ("B.2", (256, 256, 512), "B: are there"),
     ("B.2", (256, 511, 512), "B: are there"),
-    ("B.2", (256, 512, 448), "C: 448 is exact"),
+    ("B.2", (256, 512, 448), "C: 448 is the exact sum"),
     ("B.2", (256, 512, 256), "C: by how much"),
     ("B.2", (256, 512, 384), "C: by how much"),
     ("B.2", (256, 512), "three numbers"),
@@ -95,11 +111,12 @@ WRONG = [
     ("B.3", decoder(bias=15, share=1024), "fit FP16 alone"),
     ("B.3", decoder(bias=16), "subnormal"),
     ("B.3", decoder(signed=False), "sign is not"),
+    ("B.3", unsigned_infinity, "sign is not"),
     ("B.3", decoder(bias=15, share=1024, shared_power=False, specials="infinity"), "subnormal"),
     ("B.3", lambda pattern: pattern, "TypeError"),
     ("B.4", (9, 6), "wrong order"),
-    ("B.4", (6, 10), "half"),
-    ("B.4", (6, 8), "half"),
+    ("B.4", (6, 10), "gap after 1 .* half"),
+    ("B.4", (6, 8), "gap after 1 .* half"),
     ("B.4", (5, 10), "half"),
     ("B.4", (8, 7), "flat stretch gives"),
     ("B.4", (5, 9), "shorter"),
@@ -119,14 +136,22 @@ WRONG = [
     ("B.5", rounds_ties_from_zero_in_half, "except for ties"),
     ("B.5", lambda p: (p + 0xFFFF) >> 16, "of the patterns are off"),
     ("B.5", lambda p: p.nothing, "AttributeError"),
+    ("B.5", lambda p: floats.encode_array(floats.decode_array(p, "fp32"), "bf16"), "a library"),
+    ("B.5", by_conversion, "a library"),
     ("B.6", "fp16", "dictionary"),
     ("B.6", {"norms": ("fp16", "precision")}, "dictionary"),
     ("B.6", choice(norms=("bf16", "range")), "norms: bf16 turns"),
     ("B.6", choice(norms=("fp32", "precision")), "fewer bits"),
     ("B.6", choice(norms=("fp16", "range")), "'range' or 'precision'"),
-    ("B.6", choice(norms="fp16"), "'range' or 'precision'"),
+    ("B.6", choice(norms="fp16"), "give two things"),
+    ("B.6", choice(gradients=["fp8_e5m2"]), "give two things"),
+    ("B.6", choice(gradients=()), "give two things"),
     ("B.6", choice(norms=("float16", "precision")), "is none of"),
-    ("B.6", choice(activations=("fp16", "precision")), "activations: fp16 turns .* into -?inf"),
+    (
+        "B.6",
+        choice(activations=("fp16", "precision")),
+        "activations: fp16 turns .* into -?inf: too large",
+    ),
     ("B.6", choice(activations=("fp32", "range")), "fewer bits"),
     ("B.6", choice(weights=("int8", "precision")), "weights: int8 turns .* into -?0,"),
     ("B.6", choice(weights=("uint8", "precision")), "weights: uint8 turns"),
@@ -193,7 +218,8 @@ RIGHT = [
     ("B.4", (6, 9)),
     ("B.4", np.array([6, 9])),
     ("B.4", torch.tensor([6.0, 9.0])),
-    ("B.5", lambda p: floats.encode_array(floats.decode_array(p, "fp32"), "bf16")),
+    ("B.5", lambda p: (p + 0x7FFF + ((p >> 16) & 1)) >> 16),
+    ("B.5", by_the_rest),
     ("B.5", lambda p: torch.from_numpy((p + 0x7FFF + ((p >> 16) & 1)) >> 16)),
     ("B.6", choice()),
     ("B.6", choice(norms=["fp16", "precision"])),
