@@ -82,6 +82,12 @@ def chunks(*matrices_and_heads):
     return zip(*(x.chunk(heads, -1) for x in matrices), strict=True)
 
 
+def one_head_only(Q, K, V, heads):
+    """Every head takes every heads-th feature."""
+    Q, K, V = (x.unflatten(1, (-1, heads)).mT.flatten(1) for x in (Q, K, V))
+    return many_heads()(Q, K, V, heads).unflatten(1, (heads, -1)).mT.flatten(1)
+
+
 def no_triple_twice(next_logits, ids, steps):
     for _ in range(steps):
         seen = set(zip(ids, ids[1:], ids[2:], strict=False))
@@ -145,7 +151,9 @@ WRONG = [
     ("1.4", many_heads("mask", "scale"), "sees the future"),
     ("1.4", lambda Q, K, V, heads: Q.reshape(heads, len(Q), -1), "got (1, 5, 12)"),
     ("1.4", lambda Q, K, V, heads: V * math.nan, "NaN"),
-    ("1.4", lambda Q, K, V, heads: V, "one at a time"),
+    ("1.4", lambda Q, K, V, heads: V, "compare with `attend`"),
+    ("1.4", one_head_only, "One head is right"),
+    ("1.4", lambda Q, K, V, heads: many_heads()(Q * heads / 2, K, V, heads), "`attend`"),
     ("1.4", lambda Q, K, V, heads: None, "got NoneType"),
     ("1.4", lambda Q, K, V, heads: many_heads()(Q, K, V, 1), "with 5 tokens, 12 features and"),
     ("1.4", "reshape", "function"),
@@ -160,6 +168,7 @@ WRONG = [
     ("1.5", 87, "whole conversations only"),
     ("1.5", 4e9 / 23040 / 2000, "whole conversations only"),
     ("1.5", 23040, "bytes of one token"),
+    ("1.5", 46_080_000, "bytes of one conversation"),
     ("1.5", 1, "bytes of one token"),
     ("1.5", "many", "one number"),
     ("1.6", finder("itself"), "token itself"),
@@ -208,6 +217,7 @@ def test_wrong_answers_get_their_feedback(number, answer, fragment):
 
 
 RIGHT = [
+    ("1.1", dict(enumerate(SAME, 1))),
     ("1.1", ("Sharper", " same", "SAME", "flatter", "same", "flatter")),
     ("1.2", dict(zip("ABCDE", SEEN, strict=True))),
     ("1.2", dict(zip("EDCBA", SEEN[::-1], strict=True))),
@@ -234,6 +244,7 @@ RIGHT = [
     ("1.7", writer(temperature=0, penalty=2.0)),
     ("1.7", no_triple_twice),
     ("1.8", ("RAG", "finetune", "Prompt", "rag", "fine-tune ")),
+    ("1.8", ["rag", "fine-tuning", "prompt", "rag", "Fine tuning"]),
     ("1.8", ["rag", "fine tune", "prompt", "rag", "fine-tune"]),
 ]  # fmt: skip
 

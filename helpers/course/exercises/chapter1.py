@@ -9,6 +9,8 @@ from helpers.course.exercises import Exercise, Wrong, one_number
 
 def _words(answer, known, count):
     """The answer as a list of that many known words, whatever it came in."""
+    if isinstance(answer, dict):
+        answer = list(answer.values())
     if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != count:
         raise Wrong(f"Give a list of {count} words, one per case.")
     words = [" ".join(str(word).lower().replace("-", " ").split()) for word in answer]
@@ -36,8 +38,8 @@ def _check_changes(answer):
         if word != right:
             raise Wrong(f"Case {number} is not {word!r}: {clue}")
     return (
-        "Only differences between the scores of a row count. The fifth case is RoPE: turning "
-        "all by the same angle changes nothing, so only the distance matters."
+        "Only differences between the scores of a row count. The fifth case is the reason why "
+        "RoPE works: what turns a query and a key alike drops out, and the distance is left."
     )
 
 
@@ -114,8 +116,8 @@ def _check_mask(answer):
             )
         raise Wrong(f"Some entries are off {where}. Print your mask and read it row by row.")
     return (
-        "With one query and a full cache the mask is all True: while generating, nobody "
-        "needs a causal mask. It matters in training and when the prompt is read."
+        "With a single query the mask is all True: token by token, generation needs no causal "
+        "mask. It matters in training and when the prompt is read."
     )
 
 
@@ -170,7 +172,9 @@ def _check_bugs(answer):
             if torch.allclose(output, expected, atol=1e-4):
                 break
         else:
-            raise Wrong(f"Not right {where}. Try heads=1 first, then the steps one at a time.")
+            if heads == 1:
+                raise Wrong(f"Even one head is off ({where}): compare with `attend`.")
+            raise Wrong(f"One head is right, but not {where}: heads take neighboring features.")
         if faults:
             raise Wrong(FAULTS[faults[0]])
     return "The first two let tokens mix features of other tokens, and every shape still fits."
@@ -191,6 +195,7 @@ def _check_cache(answer):
         room / (TOKEN / 30): "That is for one layer; every layer keeps its own keys and values.",
         room * 1.073741824 / TOKEN: "GB is 1e9 bytes here, not 2**30.",
         4e9 / TOKEN: "That is the number of tokens; one conversation has 2,000.",
+        2000 * TOKEN: "Those are the bytes of one conversation. How many of them fit in 4e9?",
         4e9 / 8192 / TOKEN: "That is for conversations of 8,192 tokens; here they have 2,000.",
     }
     if abs(number - room / TOKEN) < 1:
@@ -350,7 +355,9 @@ WHY = {
 
 
 def _check_when(answer):
-    known = {word.replace("-", " "): word for word in WHY} | {"finetune": "fine-tune"}
+    if isinstance(answer, list | tuple):
+        answer = ["fine tune" if str(x).lower().startswith("fine") else x for x in answer]
+    known = {word.replace("-", " "): word for word in WHY}
     words = [known[word] for word in _words(answer, known, len(CASES))]
     for number, (word, (case, right)) in enumerate(zip(words, CASES.items(), strict=True), 1):
         if word != right:
