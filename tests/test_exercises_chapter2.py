@@ -26,7 +26,6 @@ def truncated_blocks(weights, block_size):
 CONFIG = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
 }
 PREDICTED = {"A": "same", "B": "larger", "C": "larger", "D": "smaller", "E": "larger"}
@@ -59,7 +58,8 @@ def leaning(count=16, steps=30):
     return levels
 
 
-HALF = {"float16": [1e-9, 70000.0, 1e30], "bfloat16": []}
+LOST = [1e-42, 1e-9, 80000.0]
+HALF = {"float16": LOST, "bfloat16": [1e-42]}
 WRONG = [
     ("2.1", 4.5 / 16, "count the gaps"),
     ("2.1", 3.0 / 15, "both signs"),
@@ -77,7 +77,7 @@ WRONG = [
     ("2.2", BitsAndBytesConfig(), "Nothing says how many bits"),
     ("2.2", BitsAndBytesConfig(load_in_4bit=True), "'fp4', the default"),
     ("2.2", CONFIG | {"bnb_4bit_quant_type": "fp4"}, "'fp4', the default"),
-    ("2.2", CONFIG | {"bnb_4bit_use_double_quant": False}, "18 GB"),
+    ("2.2", CONFIG | {"bnb_4bit_use_double_quant": True}, "exact scales"),
     ("2.2", {k: v for k, v in CONFIG.items() if "compute" not in k}, "compute in float32"),
     ("2.2", CONFIG | {"bnb_4bit_compute_dtype": torch.float32}, "compute in float32"),
     ("2.2", CONFIG | {"bnb_4bit_compute_dtype": torch.float16}, "ends at 65,504"),
@@ -105,16 +105,18 @@ WRONG = [
     ("2.4", FAULTS | {"B": "outlier"}, "another sign"),
     ("2.4", FAULTS | {"C": "cut off"}, "Count the levels"),
     ("2.4", FAULTS | {"D": "wrapped"}, "largest weights have in common"),
-    ("2.5", [1e-9], "Give a dictionary"),
-    ("2.5", {**HALF, "float16": [70000.0, 1e30]}, "too small"),
-    ("2.5", {**HALF, "float16": [1e-9, 1e30]}, "too large"),
-    ("2.5", {**HALF, "float16": [1e-9, 3e-6, 70000.0, 1e30]}, "*normal* number"),
-    ("2.5", {**HALF, "bfloat16": [2049.0]}, "rounded, but not lost"),
-    ("2.5", {**HALF, "bfloat16": [1e30]}, "within its range"),
-    ("2.5", {**HALF, "bfloat16": [5.0]}, "not among VALUES"),
-    ("2.5", {**HALF, "bfloat16": [70000.0]}, "within its range"),
-    ("2.5", {**HALF, "float16": [1e-9, 30000.0, 70000.0, 1e30]}, "within its range"),
-    ("2.5", {**HALF, "float16": [1e-9, 2049.0, 70000.0, 1e30]}, "rounded, but not lost"),
+    ("2.5", LOST, "Give a dictionary"),
+    ("2.5", {**HALF, "float16": [1e-42, 80000.0]}, "too small"),
+    ("2.5", {**HALF, "float16": [1e-42, 1e-9]}, "too large"),
+    ("2.5", {**HALF, "float16": [*LOST, 5e-8]}, "smallest *subnormal*"),
+    ("2.5", {**HALF, "float16": [*LOST, 65510.0]}, "the largest number"),
+    ("2.5", {**HALF, "float16": [*LOST, 4097.0]}, "rounded, but not lost"),
+    ("2.5", {**HALF, "bfloat16": []}, "too small"),
+    ("2.5", {**HALF, "bfloat16": LOST}, "within its range"),
+    ("2.5", {**HALF, "bfloat16": [1e-42, 0.3]}, "rounded, but not lost"),
+    ("2.5", {**HALF, "bfloat16": [1e-42, 5.0]}, "not among VALUES"),
+    ("2.5", {**HALF, "bfloat16": 1e-42}, "give a list"),
+    ("2.5", {**HALF, "bfloat16": None}, "give a list"),
     ("2.6", None, "A function is wanted"),
     ("2.6", buggy, "largest magnitude"),
     ("2.6", lambda w, n: blockwise(w, n)[0], "Return two things"),
@@ -171,13 +173,15 @@ RIGHT = [
     ("2.2", BitsAndBytesConfig(**CONFIG)),
     ("2.2", CONFIG | {"bnb_4bit_compute_dtype": torch.bfloat16}),
     ("2.2", CONFIG | {"llm_int8_skip_modules": ["lm_head"]}),
+    ("2.2", CONFIG | {"bnb_4bit_use_double_quant": False}),
     ("2.2", BitsAndBytesConfig(**CONFIG, bnb_4bit_quant_storage=torch.bfloat16)),
     ("2.3", PREDICTED),
     ("2.3", {key: f" {word.upper()}" for key, word in PREDICTED.items()}),
     ("2.4", FAULTS),
     ("2.4", {key: cause.title() for key, cause in FAULTS.items()}),
-    ("2.5", {"bfloat16": (), "float16": {1e-9, 7e4, 1e30}}),
-    ("2.5", {"bfloat16": np.array([]), "float16": np.array([1e30, 1e-9, 7e4])}),
+    ("2.5", {"bfloat16": (1e-42,), "float16": set(LOST)}),
+    ("2.5", {"bfloat16": np.array([1e-42]), "float16": np.array(LOST[::-1])}),
+    ("2.5", {"bfloat16": torch.tensor([1e-42]), "float16": torch.tensor(LOST)}),
     ("2.6", blockwise),
     ("2.6", lambda w, n: list(blockwise(w, n))),
     ("2.6", lambda w, n: (blockwise(w, n)[0].flatten(), blockwise(w, n)[1][:, None])),

@@ -143,6 +143,19 @@ def test_bars_are_told_by_name_and_many_by_their_highest():
     assert "from 1.5 to 3.5, highest 27 at 3.5" in many and "cut: 1 stroke all 1.5" in many
 
 
+def test_an_arrow_ends_at_the_edge_of_a_wide_box():
+    fig = plots.diagram(
+        [(0, 0, "ask"), (1, 0, "a box of many words\nin two lines")], [(0, 1, "")], xlim=(-0.5, 2)
+    )
+    fig.canvas.draw()
+    (ax,) = fig.axes
+    (arrow,) = [one.arrow_patch for one in ax.texts if getattr(one, "arrow_patch", None)]
+    _, box = [text.get_bbox_patch().get_window_extent() for text in ax.texts[:2]]
+    line, _ = arrow._get_path_in_displaycoord()
+    tip = max(line[0].vertices[:, 0])
+    assert box.x0 - 6 < tip <= box.x0 + 1  # it once lay hidden under the box
+
+
 def test_a_matrix_is_told_by_its_largest_cells_and_a_diagram_by_its_arrows():
     told = str(plots.heatmap([[0, 0.5], [0.25, 0]], names=["I", "am"]))
     assert "2 rows by 2 columns, values from 0 to 0.5" in told

@@ -203,18 +203,21 @@ def diagram(
     Example:
         >>> fig = diagram([(0, 0, "ask"), (1, 0, "act")], [(0, 1, "yes")], xlim=(-1, 2))
     """
-    ax, ways = _panel(settings), list(arrows)
-    for start, end, words in ways:
-        (x0, y0, _), (x1, y1, _) = texts[start], texts[end]
-        color = COLORS["gray"] if boxed else _color(colors, end)
-        arrow = {"arrowstyle": "->", "color": color, "shrinkA": 24, "shrinkB": 24}
-        ax.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
-        ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.03, words, ha="center", fontsize=8.5)
+    ax, ways, boxes = _panel(settings), list(arrows), []
     for i, (x, y, words) in enumerate(texts):
         color, look = _color(colors, i), dict[str, Any](fontsize=8.5, rotation=rotation)
         box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color} if boxed else None
         shade = COLORS["black"] if boxed else color
-        ax.text(x, y, words, ha="center", va="center", color=shade, bbox=box, **look)
+        shown = ax.text(x, y, words, ha="center", va="center", color=shade, bbox=box, **look)
+        boxes.append(shown.get_bbox_patch())
+    for start, end, words in ways:
+        (x0, y0, _), (x1, y1, _) = texts[start], texts[end]
+        color = COLORS["gray"] if boxed else _color(colors, end)
+        gap = 2 if boxed else 24  # points, from the edge of a box or from a text's middle
+        arrow = {"arrowstyle": "->", "color": color, "shrinkA": gap, "shrinkB": gap}
+        arrow |= {"patchA": boxes[start], "patchB": boxes[end]}
+        ax.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.03, words, ha="center", fontsize=8.5)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.grid(visible=False)

@@ -49,8 +49,8 @@ def _check_config(answer):
         raise Wrong("Nothing says how many bits: neither 8 nor 4 is switched on.")
     if fields.get("bnb_4bit_quant_type", "fp4") != "nf4":
         raise Wrong("The code book is 'fp4', the default. Which one errs less at this size?")
-    if not fields.get("bnb_4bit_use_double_quant"):
-        raise Wrong("4.5 bits make 18 GB, and only 17 are free: the scales are too large.")
+    if fields.get("bnb_4bit_use_double_quant"):
+        raise Wrong("It fits, with room to spare. Would it with exact scales, which err less?")
     dtype = str(fields.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
     if dtype == "float32":
         raise Wrong("It would compute in float32 (the default), which is slow on a card.")
@@ -61,7 +61,7 @@ def _check_config(answer):
     spared = fields.get("llm_int8_skip_modules")
     if spared and "lm_head" not in spared:
         raise Wrong("Your list of spared modules replaces the default one: name the head too.")
-    return "16.5 GB: it fits, with the smaller error, and computes in what the card is fast at."
+    return "18 of 19 GB, exact scales, the better code book, and a type that the card is fast at."
 
 
 # ── 2.3 predict, then run ────────────────────────────────────────────────────────────────
@@ -111,9 +111,8 @@ def _faulty():
     }
     fig, axes = plots.figure(1, 4, width=9, height=2.6, sharey=True)
     for ax, (letter, restored) in zip(axes, panels.items(), strict=True):
-        curves = {"ideal": (weights, weights), letter: (weights, restored)}
-        look = {"colors": ("gray", "orange"), "legend": False, "title": letter}
-        plots.lines(curves, style=("-", "."), ax=ax, xlabel="weight", **look)
+        plots.lines(weights, weights, colors=["gray"], ax=ax, title=letter)
+        plots.lines(restored, weights, style=".", colors=["orange"], ax=ax, xlabel="weight")
     axes[0].set_ylabel("restored")
     return fig
 
@@ -132,7 +131,7 @@ def _check_faults(answer):
 
 
 # ── 2.5 half precision ───────────────────────────────────────────────────────────────────
-VALUES = [1e-9, 3e-6, 0.1, 2049.0, 30000.0, 70000.0, 1e30]
+VALUES = [1e-42, 1e-9, 5e-8, 0.3, 4097.0, 65510.0, 80000.0]
 _CASES = {  # what each type does to VALUES, from torch itself
     name: [torch.tensor(value).to(dtype).item() for value in VALUES]
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16))
@@ -144,21 +143,27 @@ def _check_half(answer):
         raise Wrong("Give a dictionary with the keys 'float16' and 'bfloat16'.")
     for name, stored in _CASES.items():
         lost = {v for v, s in zip(VALUES, stored, strict=True) if s == 0 or math.isinf(s)}
-        given = {float(v) for v in answer[name]}
-        if unknown := given - set(VALUES):
-            raise Wrong(f"{unknown} is not among VALUES; list values from there.")
+        try:
+            numbers = [float(number) for number in answer[name]]
+        except (TypeError, ValueError):
+            raise Wrong(f"{name}: give a list of numbers, the lost ones of VALUES.") from None
+        given = {v for v in VALUES if any(math.isclose(v, n, rel_tol=1e-2) for n in numbers)}
+        if len(given) < len(set(numbers)):
+            raise Wrong(f"{name}: something is not among VALUES; list values from there.")
         if missed := lost - given:
             kind = "too large" if min(missed) > 1 else "too small"
             raise Wrong(f"{name}: at least one of your survivors is {kind} for it.")
         for extra in given - lost:
-            if extra == 3e-6 and name == "float16":
-                raise Wrong("float16: below its smallest *normal* number, it still has some.")
-            if extra in (0.1, 2049.0):
+            if extra == 5e-8 and name == "float16":
+                raise Wrong("float16: 5e-08 is nearer to its smallest *subnormal* than to zero.")
+            if extra == 65510.0 and name == "float16":
+                raise Wrong("float16: 65510 is rounded to the largest number, which is nearest.")
+            if extra in (0.3, 4097.0):
                 raise Wrong(f"{name}: {extra:g} is rounded, but not lost.")
             raise Wrong(f"{name}: {extra:g} is within its range.")
     return (
-        "bfloat16 spends its bits on range and loses nothing here; float16 spends them on "
-        "precision, and gradients of 1e-9 are why it needs loss scaling."
+        "A number is lost where it is nearer to zero, or to infinity, than to any other. "
+        "Gradients of 1e-9 are why training in float16 needs loss scaling."
     )
 
 
@@ -286,7 +291,6 @@ EXERCISES = [
             "answer = BitsAndBytesConfig(\n"
             "    load_in_4bit=True,\n"
             "    bnb_4bit_quant_type='nf4',\n"
-            "    bnb_4bit_use_double_quant=True,\n"
             "    bnb_4bit_compute_dtype=torch.bfloat16,\n"
             ")\n"
         ),
@@ -331,12 +335,12 @@ EXERCISES = [
         "What half precision loses",
         _check_half,
         hints=(
-            "Lost means stored as 0 or as infinity; rounded is not lost.",
+            "Rounded is not lost. What is nearest to a number just outside the limits?",
             "`torch.tensor(value).to(torch.float16)` tells; so does `torch.finfo`.",
         ),
         solution=(
             "import torch\n\n"
-            "VALUES = [1e-9, 3e-6, 0.1, 2049.0, 30000.0, 70000.0, 1e30]\n"
+            "VALUES = [1e-42, 1e-9, 5e-8, 0.3, 4097.0, 65510.0, 80000.0]\n"
             "answer = {}\n"
             "for dtype in (torch.float16, torch.bfloat16):\n"
             "    stored = [torch.tensor(value).to(dtype).item() for value in VALUES]\n"
