@@ -196,12 +196,23 @@ def store(name):
     import nbformat
 
     path = notebooks.find(name)
-    notebook = nbformat.read(notebooks.run(name), as_version=4)
-    clean(notebook)
-    if found := complaints(notebook):
+    found = list(too_long(nbformat.read(path, as_version=4)))  # before minutes of running
+    if not found:
+        notebook = nbformat.read(notebooks.run(name), as_version=4)
+        clean(notebook)
+        found = complaints(notebook)
+    if found:
         listing = "\n".join(f"  {one}" for one in found)
         raise ValueError(f"{path.name} is not fit to be stored:\n{listing}")
     _files.write_whole(path, nbformat.writes(notebook, version=4) + "\n")
+
+
+def too_long(notebook):
+    """A sentence for each code cell that fits on no screen."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        if (lines := len(cell.source.splitlines())) > LONGEST:
+            yield f"code cell {number} has {lines} lines; the limit is {LONGEST}"
 
 
 def clean(notebook):
@@ -236,9 +247,8 @@ def complaints(notebook):
     """What a reader of the stored notebook would trip over, one line each."""
     found = []
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found += too_long(notebook)
     for number, cell in enumerate(code, 1):
-        if (lines := len(cell.source.splitlines())) > LONGEST:
-            found.append(f"code cell {number} has {lines} lines; the limit is {LONGEST}")
         if cell.source.strip() and cell.execution_count is None:
             found.append(f"code cell {number} has not been run")
         may_fail = "raises-exception" in cell.metadata.get("tags", [])

@@ -130,6 +130,7 @@ WRONG = [
     ("0.2", SETTINGS | {"warmup_steps": 0}, "0 of 246"),
     ("0.2", SETTINGS | {"warmup_steps": 10}, "4% of them"),
     ("0.2", SETTINGS | {"warmup_steps": 100}, "41% of them"),
+    ("0.2", SETTINGS | {"packing": True}, "glued together"),
     ("0.2", {}, "8 rows at once do not fit"),
     ("0.2", SETTINGS | {"batch_size": 4}, "unexpected keyword argument"),
     ("0.2", [4, 4, 3, 20], "dict of keywords"),

@@ -62,6 +62,8 @@ def _check_settings(answer):
             f"An update rests on {fit} x {pieces} = {fit * pieces} rows, not on 16. "
             "Several batches can make one update: which keyword says how many?"
         )
+    if args.packing:
+        raise Wrong("Packed rows are glued together: 16 of them are many more sentences.")
     updates = math.ceil(args.num_train_epochs * math.ceil(math.ceil(1300 / fit) / pieces))
     updates = args.max_steps if args.max_steps > 0 else updates
     if not 200 <= updates <= 260:
@@ -160,7 +162,7 @@ def _check_curves(answer):
     for run, (diagnosis, look) in DIAGNOSES.items():
         if said[run] != diagnosis:
             raise Wrong(f"Look at run {run} again. {look}")
-    return "Without the held-out rows, A would look best, and B like E."
+    return "Without the held-out curves, A would look best, and B much like E."
 
 
 # 0.5 ---------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ EXERCISES = [
         _check_curves,
         (
             "Ask of each run: does the training loss fall? Does the held-out loss follow?",
-            "Of the two that hardly move, one does not move at all on the held-out rows.",
+            "Of the two that hardly move, one does not move at all on held-out letters.",
         ),
         f"answer = { {run: name for run, (name, _) in DIAGNOSES.items()} }",
         _given_curves,
