@@ -168,9 +168,12 @@ WRONG = [
     ("3.6", lambda weight, A, B, alpha: None, "shaped like the weight, (6, 9)"),
     ("3.6", lambda weight, A, B, alpha: weight + A @ B, "raised RuntimeError"),
     ("3.6", merge(sometimes_transposed), "wrong for a square one"),
-    ("3.6", merge(lambda weight, delta, s: weight + delta.T), "scaling alpha / r is missing"),
+    ("3.6", merge(lambda weight, delta, s: weight + delta.T), "you scale by 1, not"),
     ("3.6", merge(lambda weight, delta, s: weight - s * delta.T), "unmerge"),
-    ("3.6", merge(lambda weight, delta, s: weight), "stored weight is (in, out)"),
+    ("3.6", merge(lambda weight, delta, s: weight), "Nothing was added"),
+    ("3.6", merge(lambda weight, delta, s: weight + delta.T / s), "you scale by 0.25, not"),
+    ("3.6", merge(lambda weight, delta, s: weight - delta.T), "unmerge"),
+    ("3.6", lambda weight, A, B, alpha: weight + alpha * (B @ A).T, "you scale by 8, not"),
     ("3.6", merge(lambda weight, delta, s: s * delta.T), "stored weight is (in, out)"),
     ("3.7", ranks(8, 8, 8, 8, 8), "Get below three quarters"),
     ("3.7", ranks(7, 7, 7, 7, 7), "Get below three quarters"),
@@ -272,6 +275,8 @@ def test_the_budget_of_ranks_can_be_kept_and_its_target_met():
     given = exercises.given("3.7")
     assert len(given) == 5 and len({change.shape for change in given.values()}) == 3
     assert "16.3%" in exercises.check("3.7", ranks(8, 8, 8, 8, 8)).message
+    best = exercises.check("3.7", ranks(2, 15, 7, 13, 3)).message  # of all that fit
+    assert "yours 8.9%" in best and "8.9 % is the least" in best
 
 
 @pytest.mark.parametrize("number", NUMBERS)

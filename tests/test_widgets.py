@@ -63,7 +63,8 @@ def test_the_playground_shows_a_conversation_and_its_mask(shown, tokenizer):
 def test_the_price_of_an_adapter_is_drawn(shown):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
-    assert shown(widgets.adapter_price, model, {"all": "all-linear"})["image/png"]
+    still = shown(widgets.adapter_price, model, {"all": "all-linear"})
+    assert still["image/png"] and "all · rank 16 · alpha 32" in still["text/plain"]
 
 
 def test_the_planner_draws_a_bar(shown):

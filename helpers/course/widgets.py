@@ -105,14 +105,16 @@ def adapter_price(model: PreTrainedModel, targets: dict[str, str | list[str]]) -
 
     def draw(target: str, rank: int, alpha: int, rslora: bool) -> Any:
         each = per_rank(target)
-        fig, ax = plots.figure(width=7, height=2.4)
+        fig, ax = plots.figure(width=7, height=2.6)
         ranks = [2**power for power in range(9)]
         ax.plot(ranks, [r * each / 1e6 for r in ranks], color=plots.COLORS["gray"])
         ax.plot(rank, rank * each / 1e6, "o", color=plots.COLORS["blue"], markersize=9)
         ax.set(xlabel="rank", ylabel="parameters (millions)")
         scaling = alpha / (rank**0.5 if rslora else rank)
         megabytes = 4 * rank * each / 1e6  # float32
-        ax.set_title(f"{rank * each:,} parameters · {megabytes:.1f} MB · scaling {scaling:.2f}")
+        choice = f"{target} · rank {rank} · alpha {alpha}{' · rsLoRA' if rslora else ''}"
+        result = f"{rank * each:,} parameters · {megabytes:.1f} MB · scaling {scaling:.2f}"
+        ax.set_title(f"{choice}\n{result}")
         return fig
 
     ranks, alphas = (1, 256, 1, 16), (1, 512, 1, 32)
