@@ -115,9 +115,9 @@ def broken_images(page):
 def shorter(code):
     """Chapter 0 with four updates and six sentences: the page is tested, not the model."""
     code = code.replace('"num_train_epochs": 1', '"num_train_epochs": 1, "max_steps": 4')
-    code = code.replace('"logging_steps": 10', '"logging_steps": 1')
+    code = code.replace('"logging_steps": 20', '"logging_steps": 1')
     code = code.replace("live.table().iloc[::3]", "live.table()")
-    code = code.replace("range(30)", "range(4)")
+    code = code.replace("range(16)", "range(4)")
     return code.replace('load_yoda("test")', 'load_yoda("test").select(range(8))')
 
 
