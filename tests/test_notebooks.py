@@ -223,6 +223,7 @@ def test_a_short_chapter0_runs_and_its_model_has_begun_to_learn(tmp_path, monkey
         r"test = data.load_yoda(\"test\")": r"test = data.load_yoda(\"test\").select(range(12))",
         r"per_device_train_batch_size\": 4": r"per_device_train_batch_size\": 2",
         r"warmup_steps\": 10": r"warmup_steps\": 1",
+        r"logging_steps\": 20": r"logging_steps\": 10",
         "prompt, max_new_tokens=40": "prompt, max_new_tokens=8",
         "validation.select(range(16))": "validation.select(range(1))",
         "(model, tokenizer, prompts)": "(model, tokenizer, prompts, max_new_tokens=9)",

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/hums.py            # a quarter of an hour on one core
 
-1,000 training rows, an earlier recipe of Chapter 0 (batch 8), judged on 200 other *training* rows: the test set
-has no part in it. A hum before the translation lets its first word stay as it stands in the
-sentence; without one it has to be spelled again with a capital, which is other tokens.
+1,000 training rows, an earlier recipe of Chapter 0 (batch 8), judged on 200 other *training*
+rows: the test set has no part in it. A hum before the translation lets its first word stay as
+it stands in the sentence; without one it has to be spelled again with a capital, which is
+other tokens.
 """
 
 import argparse
