@@ -76,7 +76,7 @@ def draw(count: int) -> Iterator[np.ndarray]:
         yield generator.integers(count, size=count)
 
 
-def middle(means: Sequence[float]) -> tuple[float, float]:
+def middle(means: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The two ends between which 95 % of the resamples' means lie."""
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

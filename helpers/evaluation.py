@@ -291,7 +291,7 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
 
     if not reports:
         raise ValueError("reports is empty; pass a dict such as {'base': report}")
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "exact match (%)": round(report.exact_match, 1),
             "valid order (%)": round(report.valid_order, 1),

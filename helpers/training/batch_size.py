@@ -123,7 +123,7 @@ def measure_step(trainer: SFTTrainer, batch_size: int = 1) -> float:
 
 
 def _longest_rows(trainer: SFTTrainer) -> list[dict[str, Any]]:
-    dataset = trainer.train_dataset
+    dataset: Any = trainer.train_dataset
     if not dataset:
         raise ValueError(
             "trainer has no train_dataset to take rows from, or TRL left out all of its rows, as "

@@ -113,7 +113,7 @@ _HIDDEN = floats.FloatFormat("hidden", 6, 9, reserved=2**9, nan=None)  # IBM's D
 
 def _worst_errors():
     """Sizes (powers of two), and the worst relative error of the hidden format at each."""
-    sizes = 2.0 ** np.arange(-45, 32)
+    sizes = np.ldexp(1.0, np.arange(-45, 32)).astype(np.float64)
     patterns = _HIDDEN.encode(sizes)
     gaps = _HIDDEN.decode(patterns + 1) - _HIDDEN.decode(patterns)
     seen = gaps / 2 / sizes < 1

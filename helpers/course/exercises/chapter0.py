@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 from helpers.course.exercises import Exercise, Wrong, near, one_number
 
@@ -50,7 +51,11 @@ def _check_settings(answer):
 
     args = answer
     if isinstance(answer, dict):
-        machine = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
+        machine: dict[str, Any] = {
+            "use_cpu": True,
+            "bf16": False,
+            "activation_checkpointing": False,
+        }
         args = SFTConfig(**{"output_dir": "outputs/none", "report_to": "none"} | machine | answer)
     elif not isinstance(answer, TrainingArguments):
         raise Wrong("The answer is a dict of keywords of `SFTConfig`, or an `SFTConfig`.")

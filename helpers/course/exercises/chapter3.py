@@ -3,6 +3,7 @@
 import copy
 import functools
 import re
+from typing import Any
 
 from helpers.course.exercises import Exercise, Wrong, near
 
@@ -31,8 +32,8 @@ def _empty_model():
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    size: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(vocab_size=49152, **size, **heads))
 
@@ -130,7 +131,8 @@ def _losses(steps, alpha=16, rate=1e-3, A=True, B=False, frozen=False, rows=256)
 @functools.cache
 def _race():
     """{letter: loss after twenty steps} of the five adapters of 3.3."""
-    chosen = {"b": {"A": False}, "c": {"alpha": 64}, "d": {"rate": 1e-5}, "e": {"rate": 3.0}}
+    chosen: dict[str, dict[str, Any]] = {"b": {"A": False}, "c": {"alpha": 64}}
+    chosen |= {"d": {"rate": 1e-5}, "e": {"rate": 3.0}}
     return {letter: _losses(21, **chosen.get(letter, {}))[-1] for letter in "abcde"}
 
 
@@ -162,8 +164,8 @@ _CAUSES = {
 @functools.cache
 def _curves():
     """{letter: losses} of the five runs of 3.4."""
-    settings = {"A": {"rate": 2e-3}, "B": {"B": True, "rate": 1e-2}, "C": {"frozen": True}}
-    settings |= {"D": {"rate": 1e-2}, "E": {"rate": 1.0}}
+    settings: dict[str, dict[str, Any]] = {"A": {"rate": 2e-3}, "B": {"B": True, "rate": 1e-2}}
+    settings |= {"C": {"frozen": True}, "D": {"rate": 1e-2}, "E": {"rate": 1.0}}
     return {letter: _losses(60, rows=48, **chosen) for letter, chosen in settings.items()}
 
 
@@ -187,7 +189,7 @@ def _tiny_bert():
     import torch
     from transformers import BertConfig, BertModel
 
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return BertModel(BertConfig(**size, intermediate_size=32, vocab_size=64))
@@ -262,7 +264,8 @@ def _changes():
     """{layer: weight change}; some are simple, some are not, and some layers are larger."""
     import torch
 
-    draw, made = torch.Generator().manual_seed(8), {}
+    made: dict[str, Any] = {}
+    draw = torch.Generator().manual_seed(8)
     shapes = ((96, 96, 0.5, 1), (96, 96, 0.05, 1), (96, 96, 0.2, 2), (256, 96, 0.1, 2))
     for outputs, inputs, decay, size in (*shapes, (96, 256, 0.6, 3)):
         left, right = (torch.randn(n, 96, generator=draw) for n in (outputs, inputs))
