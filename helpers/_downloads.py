@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -57,13 +58,22 @@ def fetch(requirement: str, checksum: str, folder: Path, bar: Any, *, source: bo
     )
 
 
+def has_pip() -> bool:
+    """Whether this Python has a pip.
+
+    `importlib.util.find_spec("pip")` would switch off setuptools' own distutils in this
+    process on Python 3.11, and a later `import setuptools` would fail.
+    """
+    return importlib.machinery.PathFinder.find_spec("pip") is not None
+
+
 def pip() -> list[str]:
     """The command that runs pip for this Python; OSError with the cure where there is none.
 
     A virtual environment of uv has no pip; Python's own `ensurepip` carries a copy that
     runs as it lies.
     """
-    if importlib.util.find_spec("pip"):
+    if has_pip():
         return [sys.executable, "-m", "pip"]
     carried = importlib.util.find_spec("ensurepip")  # Debian packs it separately
     if carried and carried.origin:

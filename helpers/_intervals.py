@@ -41,9 +41,9 @@ def interval(
     Args:
         values: one number per sentence, such as its loss.
         over: the same sentences' values from another model. The interval is then that of the
-            difference, sentence by sentence (a *paired* bootstrap), which is far narrower
-            than two intervals that are compared by eye. It says more than chance when it
-            does not hold 0.
+            difference, sentence by sentence (a *paired* bootstrap), which is mostly far
+            narrower than two intervals that are compared by eye. Where it does not hold 0,
+            the choice of sentences does not explain the difference.
         weights: how much each sentence counts, such as its number of tokens.
 
     Raises:

@@ -149,7 +149,15 @@ def test_a_file_arrives_where_pip_is_not_installed(index, tmp_path):
     assert downloads.sha256(done.stdout.strip()) == checksum
 
 
+def test_looking_for_pip_leaves_setuptools_whole():
+    """On Python 3.11, importlib's own search for pip breaks a later `import setuptools`."""
+    pytest.importorskip("setuptools")
+    code = "from helpers import _downloads\n_downloads.pip()\nimport setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=notebooks.root())
+
+
 def test_no_pip_at_all_names_the_cure(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "has_pip", lambda: False)
     monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OSError, match="has no pip") as error:
         fetch(index, tmp_path / "download")

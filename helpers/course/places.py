@@ -15,7 +15,6 @@ import sys
 import tempfile
 import tomllib
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,6 +264,6 @@ def _pip_install(wanted: list[str], held: list[str]) -> None:
 
 def _installer() -> list[str]:
     uv = shutil.which("uv")
-    if uv and not find_spec("pip"):  # an environment that uv made
+    if uv and not _downloads.has_pip():  # an environment that uv made
         return [uv, "pip", "install", "-q", "--python", sys.executable]
     return [*_downloads.pip(), "install", "-q", "--no-input", "--disable-pip-version-check"]

@@ -19,57 +19,33 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import PrinterCallback
-from trl import SFTConfig
+from cpu_training import make
 
-from helpers import chat, data, evaluation, models, runtime, training
+from helpers import data, evaluation, runtime
 
 SCORES = ("exact_match", "valid_order", "chrf")
 
 
 def learn(here, choices, seed, dtype):
     """Train once; what was chosen, how long it took and how it was judged, {column: value}."""
-    runtime.start(seed=seed)
     rows = data.load_yoda("train").shuffle(seed=42)
-    train = rows.select(range(choices.rows))
-    model = models.load_model(
-        models.EMBEDDED,
-        quantization=None if choices.base == "unquantized" else choices.base,
-        dtype=dtype,
-        attention="eager",
-        device="cpu",
-    )
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    lora = LoraConfig(
-        r=choices.rank,
-        lora_alpha=choices.alpha or 2 * choices.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    tokenizer = models.load_tokenizer(models.EMBEDDED)
-    tokenizer.chat_template = chat.choose_template(tokenizer)
-    tokenizer = chat.prepare_tokenizer(tokenizer)
-    model = chat.prepare_model(get_peft_model(model, lora), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(
+        trainer, _, _ = make(
+            "lean",
+            here,
             folder,
+            rows.select(range(choices.rows)),
+            base=choices.base,
+            dtype=dtype,
+            rank=choices.rank,
             per_device_train_batch_size=choices.batch,
             learning_rate=choices.rate,
             num_train_epochs=choices.epochs,
             adam_beta2=choices.beta2,
             lr_scheduler_type=choices.schedule,
-            warmup_steps=10,
             max_length=256,
-            logging_steps=10,
-            save_strategy="no",
             seed=seed,
-            **training.machine_settings(here),
         )
-        trainer = training.LeanSFTTrainer(
-            model=model, args=args, train_dataset=train, processing_class=tokenizer
-        )
-        trainer.remove_callback(PrinterCallback)
         result = trainer.train()
     settings = {key: value for key, value in vars(choices).items() if key in SETTINGS}
     found = {
@@ -86,7 +62,7 @@ def learn(here, choices, seed, dtype):
     if choices.test:
         splits["test"] = data.load_yoda("test")
     for split, held in splits.items():
-        report = evaluation.evaluate(model, tokenizer, held)
+        report = evaluation.evaluate(trainer.model, trainer.processing_class, held)
         found |= {f"{split} {score}": round(getattr(report, score), 1) for score in SCORES}
     return found
 
@@ -98,7 +74,6 @@ SETTINGS = {
     "rate": 2e-3,
     "epochs": 1.0,
     "rank": 16,
-    "alpha": None,
     "beta2": 0.99,
     "schedule": "cosine",
 }
@@ -118,8 +93,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in SETTINGS.items():
-        kind = float if default is None else type(default)
-        parser.add_argument(f"--{name}", type=kind, default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--held", type=int, default=150, help="rows of the validation split")
     parser.add_argument("--seed", type=int, action="append", help="again for more runs")
     parser.add_argument("--dtype", action="append", help="again for more runs")

@@ -39,25 +39,27 @@ class Meter(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def make(kind, here, folder, rows=None, **choices):
+def make(kind, here, folder, rows=None, *, base="nf4", dtype=None, rank=16, **choices):
     """A trainer of one kind, with its meter and its count of real tokens per step.
 
-    rows: what it learns, all training rows unless given. choices: go to SFTConfig.
+    rows: what it learns, all training rows unless given. base: 'nf4' or 'unquantized'.
+    choices: go to SFTConfig.
     """
-    torch.manual_seed(42)
+    torch.manual_seed(choices.get("seed", 42))
     tokenizer = models.load_tokenizer(models.EMBEDDED)
     tokenizer.chat_template = chat.chatml_template()
     chat.prepare_tokenizer(tokenizer)
     lean = kind == "lean"
     model = models.load_model(
         models.EMBEDDED,
-        quantization="nf4",
-        dtype=here.compute_dtype,
+        quantization=None if base == "unquantized" else base,
+        dtype=dtype or here.compute_dtype,
         attention="eager" if lean else "sdpa",
         device="cpu",
     )
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not lean)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    thin = {"r": rank, "lora_alpha": 2 * rank}
+    lora = LoraConfig(**thin, target_modules="all-linear", task_type="CAUSAL_LM")
     model = chat.prepare_model(get_peft_model(model, lora), tokenizer)
     settings = training.machine_settings(here) if lean else {"use_cpu": True, "bf16": False}
     recipe = {
