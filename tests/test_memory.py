@@ -42,7 +42,6 @@ TINY = {
         dropout=0.0, **SMALL
     ),
     "phi3": transformers.Phi3Config(**GROUPED, **ENDS),
-    "qwen2": transformers.Qwen2Config(**GROUPED),
     "qwen3": transformers.Qwen3Config(head_dim=8, **GROUPED),
     "gpt2": transformers.GPT2Config(
         n_embd=32, n_layer=3, n_head=4, vocab_size=128, n_positions=64,
@@ -191,7 +190,8 @@ def test_a_real_models_prediction_equals_its_full_trace(name, stack):
     config = memory.load_config(name)
     for lora, quantization in [(None, None), (16, None), (16, "nf4"), (16, "int8")]:
         choices = dict(lora=lora, quantization=quantization, attention="eager", stack=stack)
-        found = memory.estimate_training(name, **choices, gradient_checkpointing=lora is None)
+        choices["gradient_checkpointing"] = "reentrant" if quantization == "int8" else lora is None
+        found = memory.estimate_training(name, **choices)
         full, reserved = _step.trace(config, found.choices).with_allocator()
         assert len(full.marks) == len(found.trace.marks)
         assert (found.peak_bytes, found.parts, found.peak_instant) == full.peak()[:3]
@@ -321,6 +321,58 @@ def test_what_a_quantized_layer_keeps_for_backward_equals_bitsandbytes(kind):
     assert kept(fake) == kept(real)
 
 
+def kept_for_backward(checkpointing):
+    """(What a real model of 8-bit layers holds between forward and backward, our prediction)."""
+    import bitsandbytes as bnb
+    import peft
+
+    config, real = TINY["llama"], Ledger(inputs=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            size = module.in_features, module.out_features
+            new = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=6.0)
+            new.load_state_dict(module.state_dict())
+            model.set_submodule(name, new.to("cpu"))
+    model.is_loaded_in_8bit = True
+    model = peft.get_peft_model(model.requires_grad_(False), peft.LoraConfig(r=4)).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    if checkpointing:
+        model.enable_input_require_grads()
+        again = {"use_reentrant": checkpointing == "reentrant"}
+        model.activation_checkpointing_enable(again)
+    ids = torch.ones(2, 24, dtype=torch.long)
+    with real:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    run = cpu_choices(
+        quantization="int8", lora=4, dtype=torch.float32, attention="eager",
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    ours = _step.trace(config, run)
+    marks = {name: at for at, name in ours.marks}
+    forward = ours.events[marks["forward"] : marks["backward"]]
+    assert loss.requires_grad
+    return real.current - real.before, sum(size for _, size, _ in forward)
+
+
+def test_checkpointing_frees_what_8bit_layers_keep_only_where_it_is_reentrant():
+    """Their inputs hang on the function's ctx, of which non-reentrant checkpointing knows nothing.
+
+    On the CPU bitsandbytes trains by another function than on CUDA, which keeps the same.
+    """
+    real, ours = zip(*(kept_for_backward(how) for how in (False, True, "reentrant")), strict=True)
+    assert len({a - b for a, b in zip(real, ours, strict=True)}) == 1  # the same to the byte
+    _, usual, reentrant = real
+    # q, k, v share one input, as do gate and up; o and down have their own
+    inputs = 2 * 24 * 4 * (32 + 32 + 32 + 64)
+    assert usual - reentrant == 3 * inputs
+    assert peak(quantization="int8", lora=4, gradient_checkpointing="reentrant") < peak(
+        quantization="int8", lora=4
+    )
+
+
 def test_int8_on_cuda_keeps_its_input_and_the_book_version_a_quantized_copy_too():
     def kept(stack):
         layer = _quantized.FakeQuantizedLinear(
@@ -440,21 +492,33 @@ def test_published_head_and_cross_entropy(tokens, mib):
     assert peak / MIB == pytest.approx(mib, rel=5e-4)
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_book_table_5_2(every):
-    """A fifth of the cells, with every kind of attention, is fast."""
-    assert len(memory.book_cells()) == 48
-    cells = memory.book_cells()[::every]
+# (table, which of its cells are fast, median and worst error). Two kinds of cells of Table 5.5
+# are not reproduced: rows 5 (what is printed equals the mixed precision of row 6), and rows 7 and
+# 8, where four different runs have one and the same peak.
+BOOK = [("5.2", 8, 0.0005, 0.0011), ("5.3", 10, 0.0005, 0.006), ("5.4", 7, 0.005, 0.013),
+        ("5.5", 5, 0.003, 0.003)]  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("table", "every", "median", "worst"), BOOK, ids=[t for t, *_ in BOOK])
+def test_the_books_tables(table, every, median, worst, whole):
+    """All kinds of attention and of weights are among the fast ones."""
+    cells = memory.book_cells(table)
+    if table == "5.5":
+        cells = [cell for cell in cells[:-4] if cell[1]["mixed_precision"] or cell[2] > 12.3e9]
+    blank = {"optimizer": "", "gradient_accumulation": ""}  # most give the same peak
+    same = {(str(choices | blank), peak): n for n, (_, choices, peak) in enumerate(cells)}
+    picked = sorted(same.values()) if whole else range(0, len(cells), every)
     errors = [
-        abs(memory.estimate_training(model, **choices).peak_bytes / measured - 1)
-        for model, choices, measured in cells
+        abs(memory.estimate_training(cells[n][0], **cells[n][1]).peak_bytes / cells[n][2] - 1)
+        for n in picked
     ]
-    assert statistics.median(errors) <= 0.001
-    assert max(errors) <= 0.002
+    assert statistics.median(errors) <= median
+    assert max(errors) <= worst
 
 
 def test_our_trace_beats_the_formulas_on_the_same_cells():
-    table = memory.compare_formulas(memory.book_cells()[::5])
+    table = memory.compare_formulas(memory.book_cells()[::8])
     assert len(table) >= 5
     ours = table.loc["traced"]
     assert (table.drop("traced")["median error"] > 5 * ours["median error"]).all()
@@ -552,6 +616,10 @@ def test_attention_kernels_and_masks():
     with _kernels.CudaKernels(), Ledger(unit=1) as ledger:
         out = F.scaled_dot_product_attention(q, k, k, is_causal=True)
     assert out.shape == q.shape and ledger.current > 4 * 128 * 128 * 4
+    # under autocast a card's SDPA gets 16 bits, hence flash
+    with torch.autocast("cpu", torch.bfloat16), _kernels.CudaKernels(autocast=True):
+        out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert out.dtype == torch.bfloat16 and "Flash" in type(out.grad_fn).__name__
 
 
 @pytest.mark.parametrize("by_a_view", [False, True])
@@ -670,10 +738,8 @@ def test_every_saving_saves_on_a_ladder():
     quantization.
     """
     model, shared = "meta-llama/Llama-3.2-3B", dict(batch_size=2, sequence_length=4096)
-    config = memory.load_config(model)
-    full_logits = _step.Choices(loss="logits", gradient_checkpointing=False, **shared)
     ladder = [
-        _step.step_log(config, full_logits)[0].peak()[0],
+        peak(model, **shared, gradient_checkpointing=False, loss="logits"),
         peak(model, **shared, gradient_checkpointing=False),
         peak(model, **shared),
         peak(model, **shared, optimizer="adamw_8bit"),
@@ -745,8 +811,20 @@ def test_estimate_reports_itself():
     assert estimate.verdict("100MB") == "no"
     text, page = str(estimate), estimate._repr_html_()
     assert "opt-350m" in text and "GiB" in text and "T4" in page and "weights" in page
+    assert estimate.adapted == ("q_proj", "v_proj") and "adapters on q_proj, v_proj (PEFT's" in text
+    assert set(estimate.parts) <= set(estimate.largest)
+    assert all(estimate.largest[name] >= size for name, size in estimate.parts.items())
     figure = estimate.plot("T4")
     assert len(figure.axes) == 2 and figure.axes[0].get_ylabel()
+    written = [text.get_text() for text in figure.axes[1].texts]
+    assert written == ["forward", "loss", "backward", "optimizer", "T4\n14.6 GiB\n(above)"]
+    drawn = max(
+        area.get_datalim(figure.axes[1].transData).ymax for area in figure.axes[1].collections
+    )
+    assert (
+        drawn * 2**30 == pytest.approx(estimate.peak_bytes) and drawn < figure.axes[1].get_ylim()[1]
+    )
+    assert "backward 0." in str(figure)
 
 
 @pytest.mark.parametrize(
@@ -803,6 +881,8 @@ def test_lora_config_objects():
         (dict(attention="flash_attention_2", dtype="float32"), "no float32 kernels"),
         (dict(mixed_precision="fp8"), "bf16"),
         (dict(stack="old"), "current"),
+        (dict(stack="book", loss="fused"), "'logits', not 'fused'"),
+        (dict(gradient_checkpointing="twice"), "'reentrant'"),
         (dict(batch_size=0), "batch_size"),
         (dict(sequence_length=-3), "sequence_length"),
         (dict(lora=-1), "lora, a rank, must be at least 1"),
@@ -976,6 +1056,8 @@ def test_plan_on_the_command_line(capsys, tmp_path):
     assert capsys.readouterr().out.endswith("fits: T4\n")
     assert plan(f"{model} --gpu T4 --dtype bfloat16") == 1
     assert "'float16' works" in capsys.readouterr().err
+    assert plan(f"{model} --all-linear --reentrant") == 0
+    assert "adapters on down_proj, gate_proj," in capsys.readouterr().out
     assert plan("--list") == 0 and "Phi-3-mini" in capsys.readouterr().out
     assert plan("--model SmolLM2-135M-Instruct --quantization nf4") == 1
     assert "needs lora" in capsys.readouterr().err

@@ -20,8 +20,8 @@ class CachingAllocator:
     Up to 1 MiB, requests share 2 MiB segments, under 10 MiB 20 MiB ones; above that they get
     their own, rounded up to 2 MiB. The smallest free block that is large enough answers; what
     is left over splits off only when it exceeds 1 MiB (512 bytes among the small), else the
-    caller holds it too: without this, predictions miss the book's table by up to 2.1 %, not
-    0.11 %. Source: c10/cuda/CUDACachingAllocator.cpp with default settings.
+    caller holds it too: without this, predictions miss the book's Table 5.2 by up to 2.1 %,
+    not 0.1 %. Source: c10/cuda/CUDACachingAllocator.cpp with default settings.
     """
 
     def __init__(self) -> None:

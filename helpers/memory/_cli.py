@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a catalog name, a config file or a Hub id")
     add("--list", action="store_true", help="list the models whose configs are built in")
     add("--quantization", choices=["int8", "fp4", "nf4"])
-    add("--rank", dest="lora", type=int, help="LoRA rank; without it every weight is trained")
+    add("--rank", dest="lora", type=int, help="of LoRA, on PEFT's default layers; else all trains")
+    add("--all-linear", action="store_true", help="adapters on every linear layer, as the course")
     add("--dtype", choices=DTYPES, help="of the weights; default: the card's 16-bit type")
     add("--mixed-precision", choices=["bf16", "fp16"])
     add("--optimizer", default="adamw_torch_fused")
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequence-length", type=int, default=1024)
     add("--attention", default="sdpa", choices=ATTENTIONS)
     add("--no-checkpointing", dest="gradient_checkpointing", action="store_false")
+    add("--reentrant", dest="gradient_checkpointing", action="store_const", const="reentrant")
     add("--accumulate", dest="gradient_accumulation", action="store_true")
     add("--packing", action="store_true")
     add("--padded", action="store_true", help="some row of the batch is padded")
@@ -37,6 +39,10 @@ def main(options: argparse.Namespace) -> int:
     """Run `plan` with parsed options: print the answer, return the exit status."""
     choices = {k: v for k, v in vars(options).items() if k not in ("command", "call")}
     model, gpu, fit, vary = (choices.pop(name) for name in ("model", "gpu", "fit", "vary"))
+    if choices.pop("all_linear") and choices["lora"]:
+        from peft import LoraConfig
+
+        choices["lora"] = LoraConfig(r=choices["lora"], target_modules="all-linear")
     if choices.pop("list"):
         print(catalog().drop(columns="source").to_string())
         return 0

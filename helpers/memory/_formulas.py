@@ -9,6 +9,7 @@ import csv
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from helpers._checks import one_of
 from helpers.memory._configs import language_model
 
 if TYPE_CHECKING:
@@ -131,28 +132,38 @@ def compare_formulas(cells: list[tuple[Any, dict[str, Any], int]]) -> pd.DataFra
     )
 
 
-def book_cells() -> list[tuple[str, dict[str, Any], int]]:
-    """The 48 published cells of the book's Table 5.2: (model, choices, measured bytes) each.
+def book_cells(table: str = "5.2") -> list[tuple[str, dict[str, Any], int]]:
+    """A published memory table of the book: (model, choices, measured bytes) of each cell.
 
-    OPT-350M, 16-bit, one sequence of 500 tokens, `max_memory_allocated` on an RTX 4090. Inferred
-    settings: float16 throughout, LoRA of rank 16, the 8-bit optimizer paged, a plain loop that
-    takes one step.
+    '5.2' and '5.3': OPT-350M in 16 bits, 48 cells each, 500 and 2,000 tokens; '5.4': in 8 bits, 24;
+    '5.5': Falcon-7B in 8 bits, 12 (four more ran out of memory). `max_memory_allocated` of one
+    sequence on an RTX 4090, as printed (dvgodoy/FineTuningLLMs at a4dd512, images/ch5/mem_*.png).
+    What is not printed is inferred from the same tables: float16, LoRA of rank 16 on q and v, a
+    plain loop that takes one step (none where it accumulates), Adam's 8-bit states paged,
+    mixed precision in fp16, checkpointing reentrant for 8-bit weights only. Of the 132, six are
+    not reproduced: '5.5' with checkpointing, but for row 6 (row 5 prints what row 6 does).
+
+    Raises:
+        ValueError: another table.
 
     Example:
-        >>> len(book_cells())
-        48
+        >>> [len(book_cells(table)) for table in ("5.2", "5.3", "5.4", "5.5")]
+        [48, 48, 24, 12]
     """
+    one_of("table", table, ("5.2", "5.3", "5.4", "5.5"))
     text = resources.files("helpers.memory").joinpath("book_table.csv").read_text("utf-8")
-    shared = {"dtype": "float16", "sequence_length": 500, "stack": "book"}
-    optimizers = {"adam": "adamw_torch", "adam8bit": "paged_adamw_8bit"}
+    words = {"yes": True, "no": False, "either": False, "": None}
     cells = []
     for row in csv.DictReader(text.splitlines()):
-        choices = shared | {
-            "gradient_checkpointing": row["gradient_checkpointing"] == "yes",
-            "lora": 16 if row["lora"] == "yes" else None,
-            "optimizer": optimizers[row["optimizer"]],
-            "gradient_accumulation": row["gradient_accumulation"] == "yes",
-            "attention": row["attention"],
-        }
-        cells.append(("facebook/opt-350m", choices, int(row["peak_mb"]) * 10**6))
+        name, model, peak = row.pop("table"), row.pop("model"), row.pop("peak_mb")
+        if name != table or peak == "OOM":
+            continue
+        choices: dict[str, Any] = {k: words.get(v, v) for k, v in row.items() if k != "row"}
+        choices |= {"dtype": "float16", "stack": "book"}
+        choices["sequence_length"] = int(choices["sequence_length"])
+        choices["lora"] = 16 if choices["lora"] else None
+        paged = choices["optimizer"] == "adam8bit"
+        choices["optimizer"] = "paged_adamw_8bit" if paged else "adamw_torch"
+        choices["mixed_precision"] = "fp16" if choices["mixed_precision"] else None
+        cells.append((model, choices, int(peak) * 10**6))
     return cells

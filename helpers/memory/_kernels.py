@@ -23,12 +23,11 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
-        batch, heads, length, size = query.shape
-        out = query.new_empty(batch, length, heads, size)
-        log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
+        out = torch.empty_like(query)  # laid out as the queries are
+        log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
         seed = query.new_empty(1, dtype=torch.int64), query.new_empty(1, dtype=torch.int64)
         ctx.save_for_backward(query, key, value, out, log_sum_exp, *seed)
-        return out.transpose(1, 2)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -131,11 +130,18 @@ class CudaKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        mixed = self.autocast and torch.is_autocast_enabled("cpu")
         if func is F.scaled_dot_product_attention:
+            if mixed:
+                to = torch.get_autocast_dtype("cpu")
+                args = [_cast(a, [torch.float32], to) for a in args]
             return cuda_attention(*args, **kwargs, capability=self.capability)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
-        if self.autocast and func in _FLOAT32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
+        if mixed and func is F.cross_entropy and args[0].dtype == torch.float16:
+            kwargs.pop("label_smoothing", None)
+            return F.nll_loss(torch._log_softmax(args[0], 1, True), *args[1:], **kwargs)
+        if mixed and func in _FLOAT32_UNDER_AUTOCAST:
             args = [_cast(a, [torch.float16, torch.bfloat16], torch.float32) for a in args]
         elif func is F.softmax and (args[0].dtype, kwargs.get("dtype")) == _HALF_TO_FLOAT:
             return torch._softmax(args[0], kwargs.get("dim", -1), True)

@@ -96,28 +96,38 @@ def book(model: Any) -> Iterator[None]:
         return F.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
 
     base.loss_function = loss
-    if kind != "opt":
+    if kind != "opt" or base.config._attn_implementation == "flash_attention_2":
         yield
         return
-    from transformers.models.opt import modeling_opt
+    from transformers.models.opt.modeling_opt import OPTAttention
 
-    with mock.patch.object(modeling_opt, "eager_attention_forward", _book_opt_attention):
+    with mock.patch.object(OPTAttention, "forward", _book_opt_attention):
         yield
 
 
-def _book_opt_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
-    """Bmm, a mask, a floor at the smallest number, softmax in float32."""
-    batch, heads, length, size = query.shape
-    query, key, value = (x.reshape(batch * heads, -1, size) for x in (query, key, value))
-    scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, length, -1)
-    if mask is None:
-        mask = scores.new_empty(batch, 1, length, length)
-    scores = scores + mask
-    scores = torch.max(scores, scores.new_empty(())).view(batch * heads, length, -1)
-    if scores.dtype == torch.float16:
-        scores = F.softmax(scores, dim=-1, dtype=torch.float32).to(torch.float16)
+def _book_opt_attention(self, hidden_states, attention_mask=None, past_key_values=None, **_):
+    """Heads laid out anew, for SDPA too; eager: bmm, a mask, a floor, softmax in float32."""
+    shape, mask = (*hidden_states.shape[:2], self.num_heads, self.head_dim), attention_mask
+
+    def heads(x):
+        return x.view(shape).transpose(1, 2).contiguous()
+
+    query = self.q_proj(hidden_states) * self.scaling
+    key, value = heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
+    query = heads(query)
+    if past_key_values is not None:  # a tuple then, which the output carries away
+        vars(past_key_values).setdefault("held", []).append((key, value))
+    if self.config._attn_implementation == "sdpa":
+        out = F.scaled_dot_product_attention(query, key, value, mask, 0.0, mask is None)
     else:
-        scores = F.softmax(scores, dim=-1)
-    scores = F.dropout(scores, p=dropout, training=module.training)
-    out = torch.bmm(scores, value).view(batch, heads, length, size).transpose(1, 2)
-    return out.contiguous(), None
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        scores = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (shape[0], self.num_heads))
+        if mask is None:
+            mask = scores.new_empty(shape[0], 1, *scores.shape[2:])
+        scores = scores + mask
+        scores = torch.max(scores, scores.new_empty(())).flatten(0, 1)
+        half = scores.dtype == torch.float16
+        scores = F.softmax(scores, dim=-1, dtype=torch.float32 if half else None)
+        scores = F.dropout(scores.half() if half else scores, p=self.dropout)
+        out = torch.bmm(scores, value).unflatten(0, (shape[0], self.num_heads))
+    return self.out_proj(out.transpose(1, 2).flatten(2)), None

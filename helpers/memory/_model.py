@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from helpers.memory import _kernels, _quantized
 from helpers.memory._configs import CannotPredictError, positions, told
@@ -37,7 +39,7 @@ class Choices:
     optimizer: str = "adamw_torch_fused"
     batch_size: int = 1
     sequence_length: int = 512
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | str = True
     attention: str = "sdpa"
     mixed_precision: torch.dtype | None = None
     gradient_accumulation: bool = False
@@ -83,9 +85,26 @@ def build(config: Any, run: Choices) -> Any:
         switch = switch or model.gradient_checkpointing_enable  # its older name
         contexts = lambda: (contextlib.nullcontext(), again())  # noqa: E731
         switch({"use_reentrant": False, "context_fn": contexts})
+        # the k-bit preparation of the book's time switched it on in its older form
+        if run.gradient_checkpointing == "reentrant" or (run.book and run.quantization):
+            again = functools.partial(_reentrant, again)
+            model._set_gradient_checkpointing(gradient_checkpointing_func=again)
         if run.lora is not None:
             model.enable_input_require_grads()
     return model.train()
+
+
+def _reentrant(kernels: Callable, function: Callable, *args: Any) -> Any:
+    """`use_reentrant=True`: a forward pass without a graph, so that nothing outlives it.
+
+    Else only what is saved for backward goes; 8-bit layers hang their inputs on their ctx.
+    """
+
+    def layer(*args: Any) -> Any:
+        with kernels() if torch.is_grad_enabled() else contextlib.nullcontext():
+            return function(*args)
+
+    return checkpoint(layer, *args, use_reentrant=True)
 
 
 def kernels_of(run: Choices) -> Callable[[], contextlib.AbstractContextManager]:
@@ -162,6 +181,12 @@ def _with_adapters(model: Any, run: Choices) -> Any:
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def adapted(model: Any) -> tuple[str, ...]:
+    """The names of the kinds of layers that carry adapters."""
+    named = (n for n, m in model.named_modules() if hasattr(m, "lora_A"))
+    return tuple(sorted({name.rpartition(".")[2] for name in named}))
 
 
 def to_fakes(model: torch.nn.Module) -> None:

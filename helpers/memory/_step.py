@@ -74,7 +74,7 @@ def _trace(config: Any, run: Choices, meta: bool) -> Trace:
         enter(ledger)
         _run(model, batch, run, ledger)
     end = ledger.marks[-1][0]  # what dies with the model is no part of the step
-    return Trace(ledger.events[:end], ledger.marks)
+    return Trace(ledger.events[:end], ledger.marks, _model.adapted(model))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, count, pairwise
 from pathlib import Path
@@ -137,10 +137,25 @@ def _asked_by_autograd() -> bool:
 
 @dataclass
 class Trace:
-    """The log of one traced step: its events, and the marks of phases and layers in it."""
+    """The log of one traced step: its events, marks of phases and layers, what is adapted."""
 
     events: list[Event]
     marks: list[Mark]
+    adapted: tuple[str, ...] = ()
+
+    def states(self) -> Iterator[tuple[int, Counter[str]]]:
+        """(bytes, {category: bytes}, the same object each time) after each event."""
+        held: dict[Hashable, tuple[int, str]] = {}
+        totals: Counter[str] = Counter()
+        current = 0
+        for block, size, category in self.events:
+            before, old = held.pop(block, (0, category))
+            totals[old] -= before
+            if size >= 0:
+                held[block] = before + size, category
+                totals[category] += before + size
+            current += size
+            yield current, totals
 
     def peak(self) -> tuple[int, dict[str, int], str, dict[str, int]]:
         """(peak bytes, {category: bytes} then, the phase then, {phase: its own peak})."""
@@ -148,29 +163,28 @@ class Trace:
         for position, name in self.marks:
             if isinstance(name, str):
                 begins[position].append(name)
-        current, best, parts, where, phase = 0, 0, {}, "", ""
-        held: dict[Hashable, tuple[int, str]] = {}
-        totals: Counter[str] = Counter()
+        before, best, parts, where, phase = 0, 0, {}, "", ""
         instants: dict[str, int] = {}
-        for position, (block, size, category) in enumerate(self.events):
+        for position, (current, totals) in enumerate(self.states()):
             for phase in begins.get(position, ()):
-                instants[phase] = max(instants.get(phase, 0), current)
-            before, old = held.pop(block, (0, category))
-            totals[old] -= before
-            if size >= 0:
-                held[block] = before + size, category
-                totals[category] += before + size
-            current += size
+                instants[phase] = max(instants.get(phase, 0), before)
             instants[phase] = max(instants.get(phase, 0), current)
             if current > best:
                 best, parts, where = current, dict(totals), phase
+            before = current
         return best, {k: v for k, v in parts.items() if v}, where, instants
 
-    def timeline(self, points: int = 600) -> list[tuple[int, int]]:
-        """[(position, bytes)], about `points` of them: the highest of each stretch."""
-        totals = list(accumulate(size for _, size, _ in self.events))
-        step = max(1, len(totals) // points)
-        return [(i, max(totals[i : i + step])) for i in range(0, len(totals), step)]
+    def timeline(self, points: int = 600) -> list[tuple[int, dict[str, int]]]:
+        """[(position, {category: bytes})]: the highest moment of each stretch, and the end."""
+        step = max(1, len(self.events) // points)
+        found: list[tuple[int, int, dict[str, int]]] = []
+        begins = {position for position, name in self.marks if isinstance(name, str)}
+        for at, (current, totals) in enumerate(self.states()):
+            if at % step == 0 or at in begins:
+                found.append((-1, at, {}))
+            if current > found[-1][0]:
+                found[-1] = current, at, dict(totals)
+        return [(at, parts) for _, at, parts in found] + [(len(self.events), dict(totals))]
 
     def with_allocator(self) -> tuple[Trace, int]:
         """The log with the sizes of CUDA's blocks, and the bytes its allocator reserves."""
@@ -181,7 +195,7 @@ class Trace:
             elif size < 0:
                 size = -allocator.free(block)
             events.append((block, size, category))
-        return Trace(events, self.marks), allocator.reserved
+        return Trace(events, self.marks, self.adapted), allocator.reserved
 
     def extrapolate(self, layers: int) -> Trace | None:
         """The log of a model of so many layers, from that of `SHORT`; None where it is a guess.
@@ -235,4 +249,4 @@ class Trace:
                         if event[1]:
                             alive ^= {block}
                         log.append((block, *event[1:]))
-        return Trace(log, marks)
+        return Trace(log, marks, self.adapted)

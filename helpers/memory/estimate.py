@@ -32,7 +32,7 @@ def estimate_training(
     optimizer: str = "adamw_torch_fused",
     batch_size: int = 1,
     sequence_length: int = 512,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | str = True,
     attention: str = "sdpa",
     mixed_precision: str | None = None,
     gradient_accumulation: bool = False,
@@ -41,6 +41,7 @@ def estimate_training(
     gpu: Card | str | float | None = None,
     stack: str = "current",
     double_quant: bool = True,
+    loss: str | None = None,
 ) -> MemoryEstimate:
     """Predict what `torch.cuda.max_memory_allocated` would say of a training run (Chapter 5).
 
@@ -48,12 +49,15 @@ def estimate_training(
         model: a config, a name from `catalog()`, a path, or a Hub id.
         quantization: None, 'int8', 'fp4' or 'nf4'.
         dtype: of the weights, 'bfloat16', 'float16', 'float32'; None: the card's 16-bit type.
-        lora: None (full fine-tuning), a rank (PEFT's usual targets), or a LoraConfig.
+        lora: None (full fine-tuning), a LoraConfig, or a rank, which means `LoraConfig(r=rank)`:
+            PEFT's default layers, q and v for Llama and OPT. For the course's recipe say
+            `LoraConfig(r=16, target_modules="all-linear")`; the result's `adapted` names them.
         optimizer: 'adamw_torch_fused', 'adamw_torch', 'sgd', 'adamw_8bit',
             'paged_adamw_8bit' or 'paged_adamw_32bit'.
         batch_size: rows.
         sequence_length: tokens in each.
-        gradient_checkpointing: whether layers are run again on the way back.
+        gradient_checkpointing: whether layers are run again on the way back; 'reentrant': as
+            `use_reentrant=True` does it, which also frees what 8-bit layers keep of their inputs.
         attention: 'eager', 'sdpa' or 'flash_attention_2'.
         mixed_precision: None, 'bf16' or 'fp16': autocast, as SFTConfig's bf16=True or fp16=True.
         gradient_accumulation: gradients of earlier micro-batches are alive.
@@ -61,10 +65,13 @@ def estimate_training(
         padded: at least one row is padded, so attention gets a mask and repeats shared heads.
         gpu: a card, which decides the 16-bit type, the attention kernels and cuBLAS's
             workspace; None, or a size that names no card: Ampere.
-        stack: 'current': a step in steady state, installed versions, SFTTrainer's fused head.
-            'book': the first step of trl 0.12's time in a plain loop, whose accumulating runs
-            never reach the optimizer.
+        stack: 'current': a step in steady state, installed versions, SFTTrainer's fused head, as
+            measured on an H100. 'book': the first step of trl 0.12's time in a plain loop, whose
+            accumulating runs never reach the optimizer, with 8-bit layers checkpointed reentrant;
+            all this was inferred from the tables it reproduces (`memory.book_cells`).
         double_quant: whether the scales of 4-bit weights are quantized too.
+        loss: 'fused', trl's head, or 'logits', all of them at once as in a plain loop; None: the
+            stack's.
 
     Returns:
         The peak and what it consists of.
@@ -93,6 +100,8 @@ def estimate_training(
     one_of("attention", attention, ATTENTIONS)
     one_of("optimizer", optimizer, _quantized.OPTIMIZERS)
     one_of("stack", stack, ("current", "book"))
+    one_of("gradient_checkpointing", gradient_checkpointing, (True, False, "reentrant"))
+    one_of("loss", loss, (None, "logits") if stack == "book" else (None, "fused", "logits"))
     one_of("dtype", dtype, DTYPES)
     one_of("mixed_precision", mixed_precision, (None, "no", "bf16", "fp16"))
     whole_number("batch_size", batch_size)
@@ -117,7 +126,7 @@ def estimate_training(
         gradient_checkpointing=gradient_checkpointing, attention=attention,
         mixed_precision={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or ""),
         gradient_accumulation=gradient_accumulation, packing=packing, padded=padded, stack=stack,
-        loss="logits" if stack == "book" else "fused", capability=capability,
+        loss=loss or ("logits" if stack == "book" else "fused"), capability=capability,
     )  # fmt: skip
     return _estimate(name, config, choices, card)
 

@@ -28,9 +28,9 @@ _WHEN = {"forward": "in the forward pass", "backward": "in the backward pass"}
 _OTHER_KERNELS = "other kernels (ask with --gpu, or gpu=)"
 _SIGNS = {"fits": "✓ fits", "tight": "≈ tight", "no": "✗ no"}
 _CONTEXT = (0.25e9, 0.5e9)  # of CUDA on recent stacks, outside every allocator counter
-_COLORS = {
-    "weights": "gray", "adapters": "blue", "gradients": "orange", "optimizer": "purple",
-    "activations": "sky", "logits": "green", "temporaries": "red", "workspace": "yellow",
+_COLORS = {  # in the order in which they are stacked: what stays is below
+    "weights": "gray", "adapters": "blue", "optimizer": "purple", "workspace": "yellow",
+    "gradients": "orange", "activations": "sky", "logits": "green", "temporaries": "red",
 }  # fmt: skip
 
 
@@ -61,6 +61,20 @@ class MemoryEstimate(_report.Shown):
     choices: Choices
     config: Any
     card: Card | None = None
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The kinds of layers that carry LoRA adapters, as in ('q_proj', 'v_proj')."""
+        return self.trace.adapted
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """{category: the most bytes it held}, each at its own moment of the step."""
+        found: dict[str, int] = {}
+        for _, totals in self.trace.states():
+            for name, size in totals.items():
+                found[name] = max(found.get(name, 0), size)
+        return {name: size for name, size in found.items() if size}
 
     @property
     def margin(self) -> tuple[int, int]:
@@ -126,6 +140,9 @@ class MemoryEstimate(_report.Shown):
             f"{self.name}: peak {self.peak_bytes / GIB:.2f} GiB {when}",
             f"margin for CUDA context and fragmentation: {low:.2f} to {high:.2f} GiB",
         ]
+        if self.adapted:
+            usual = " (PEFT's default for a rank)" * isinstance(self.choices.lora, int)
+            lines.append(f"adapters on {', '.join(self.adapted)}{usual}")
         for name, mb, share in self.table().itertuples():
             if mb >= 0.05:
                 lines.append(f"  {name:<12} {mb:>10,.1f} MB  {share:>6.1%}")
@@ -153,41 +170,53 @@ class MemoryEstimate(_report.Shown):
         )
 
     def plot(self, gpu: Card | str | float | None = None) -> Figure:
-        """The parts as one stacked bar, and the step's timeline.
+        """The parts as one stacked bar, and the step's timeline, by category too.
 
         Args:
             gpu: a card or a size, drawn as a line.
         """
+        import numpy as np
+
         from helpers import plots
 
-        size: dict[str, Any] = {"width": 9.5, "height": 3.6, "alt": f"{str(self).splitlines()[0]}."}
-        fig, (left, right) = plots.figure(1, 2, **size, width_ratios=[1, 2.2], sharey=True)
-        bottom = 0.0
-        for name, mb, _ in self.table().itertuples():
-            color = plots.COLORS[_COLORS[name]]
-            left.bar([0], [mb * 1e6 / GIB], 0.6, bottom=bottom, color=color, label=name)
-            bottom += mb * 1e6 / GIB
+        told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.instants.items())
+        shape: dict[str, Any] = {"width": 9.5, "height": 3.8, "width_ratios": [1, 2.6]}
+        shape["alt"] = f"{str(self).splitlines()[0]}; of each phase, in GiB: {told}."
+        fig, (left, right) = plots.figure(1, 2, **shape, sharey=True)
+        at, states = zip(*self.trace.timeline(), strict=True)
+        marks = {name: at for at, name in reversed(self.trace.marks) if name in PHASES}
+        names, begins = zip(*sorted(marks.items(), key=lambda mark: mark[1]), strict=True)
+        # a phase of few allocations would be a line: each gets a sixth of the longest at least
+        end = len(self.trace.events) + 1
+        spans = np.diff([*begins, end])
+        edges = np.cumsum([0, *np.maximum(spans, spans.max() / 6)])
+        shown = [i for i in range(len(at)) if at[i] >= begins[0]]
+        x = np.interp([at[i] for i in shown] + [end], [*begins, end], edges)
+        bottom, low = 0.0, np.zeros(len(shown))
+        for name in (name for name in _COLORS if name in self.largest):
+            color, mine = plots.COLORS[_COLORS[name]], self.parts.get(name, 0) / GIB
+            left.bar([0], [mine], 0.6, bottom=bottom, color=color, label=name)
+            high = low + [states[i].get(name, 0) / GIB for i in shown]
+            right.fill_between(
+                x, [*low, low[-1]], [*high, high[-1]], step="post", color=color, lw=0.3
+            )
+            bottom, low = bottom + mine, high
         left.set(xticks=[], xlim=(-0.5, 1.9), ylabel="GiB (2**30 bytes)", title="at the peak")
         handles, labels = left.get_legend_handles_labels()
         left.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=8)
-        x, y = zip(*self.trace.timeline(), strict=True)
-        heights = [size / GIB for size in y]
-        right.fill_between(x, heights, step="post", color=plots.COLORS["sky"], alpha=0.7)
-        marks = {name: at for at, name in reversed(self.trace.marks) if name in PHASES}
-        for name, position in marks.items():
-            right.axvline(position, color=plots.COLORS["gray"], linewidth=0.8, linestyle=":")
-            offset = {"textcoords": "offset points", "rotation": 90, "fontsize": 8}
-            right.annotate(name, (position, 0), (2, 4), **offset)
-        right.set(xlabel="allocations and frees, in order", title="one training step")
-        end = len(self.trace.events)
-        right.set_xlim(max(0, min(marks.values()) - end // 20), end)
+        capacity, worst = 0.0 if gpu is None else parse_size(gpu) / GIB, int(low.argmax())
+        near = capacity < 2.5 * low[worst]  # a line far above would leave the picture empty
+        top = max(1.15 * low[worst], 1.08 * capacity * near)
+        for name, begin, stop in zip(names, edges[:-1], edges[1:], strict=True):
+            right.axvline(begin, color=plots.COLORS["black"], linewidth=0.8, linestyle=":")
+            right.text((begin + stop) / 2, 0.98 * top, name, ha="center", va="top", fontsize=8)
+        right.plot(x[worst], low[worst] + 0.02 * top, "v", color=plots.COLORS["black"])
+        right.set(xlabel="allocations and frees, in order (short phases widened)", xticks=[])
+        right.set(title="one training step", xlim=(0, 1.01 * edges[-1]), ylim=(0, top))
         if gpu is not None:
-            capacity, red = parse_size(gpu) / GIB, plots.COLORS["red"]
-            for axis in (left, right):
-                axis.axhline(capacity, color=red, linewidth=1.5)
-            label, across = (
-                str(find_card(gpu) or f"{capacity:.1f} GiB"),
-                right.get_yaxis_transform(),
-            )
-            right.text(0.99, capacity, label, ha="right", va="top", color=red, transform=across)
+            label = f"{find_card(gpu) or 'limit'}\n{capacity:.1f} GiB" + "\n(above)" * (not near)
+            style = {"color": plots.COLORS["red"], "transform": right.get_yaxis_transform()}
+            right.text(1.01, capacity if near else top, label, va="top", fontsize=8, **style)
+            for axis in (left, right) if near else ():
+                axis.axhline(capacity, color=plots.COLORS["red"], linewidth=1.5)
         return fig
