@@ -333,9 +333,11 @@ def test_no_script_needs_to_lie_beside_python(export, monkeypatch, tmp_path):
 def test_one_process_and_two_agree(export):
     alone = training.run_recipe(export("alone"))
     assert len(alone) == 3 and alone[2] < alone[0]
-    together = training.run_recipe(export("together", backend="fsdp2", processes=2))
-    assert len(together) == 3, "only the first process reports"
-    assert together == pytest.approx(alone, rel=2e-3)
+    for backend in ("fsdp2", "ddp"):
+        recipe = export(backend, backend=backend, processes=2)
+        together = training.run_recipe(recipe, leave_s=10)
+        assert len(together) == 3, "only the first process reports"
+        assert together == pytest.approx(alone, rel=2e-3), backend
 
 
 @pytest.mark.slow

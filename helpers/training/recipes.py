@@ -130,9 +130,16 @@ def export_recipe(
     train = ["-m", "trl.scripts.sft", "--config", str(folder / "recipe.yaml")]
     if backend == "single":
         return Recipe(folder, ["python", *train])
-    launcher = ["-m", "accelerate.commands.launch", "--config_file"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(folder / "accelerate.yaml"),
+    ]
+    if backend == "ddp" and args.use_cpu:  # accelerate would start one process, on half the batch
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     note = "DeepSpeed has not been run by this course." if backend == "deepspeed" else ""
-    return Recipe(folder, ["python", *launcher, str(folder / "accelerate.yaml"), *train], note)
+    return Recipe(folder, ["python", *launcher, *train], note)
 
 
 def _check(
