@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,10 +62,10 @@ class World:
         config = LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=True)
         return LlamaForCausalLM(config)
 
-    def quantized(self):
+    def quantized(self, **settings):
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        settings = BitsAndBytesConfig(load_in_4bit=True)
+        settings = BitsAndBytesConfig(**settings or {"load_in_4bit": True})
         return AutoModelForCausalLM.from_pretrained(
             self.path("tiny"), device_map="cpu", quantization_config=settings
         )
@@ -91,6 +92,12 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("doctor"))
+
+
+def questions():
+    from datasets import Dataset
+
+    return Dataset.from_list([{"q": "Why so late?", "a": "Snow."}] * 2)
 
 
 # ── one function per error, each raising the real thing ──────────────────────────────────
@@ -123,6 +130,16 @@ def _(world):
     world.settings(evaluation_strategy="steps")
 
 
+@provokes("evaluation_strategy")
+def _(world):
+    world.settings(evaluation_steps=5)
+
+
+@provokes("logging_dir")
+def _(world):
+    world.settings(logging_dir="./logs")
+
+
 @provokes("group_by_length")
 def _(world):
     world.settings(group_by_length=True)
@@ -153,6 +170,16 @@ def _(world):
     from trl import setup_chat_format  # noqa: F401
 
 
+@provokes("dataset_formatting")
+def _(world):
+    from trl.extras.dataset_formatting import FORMAT_MAPPING  # noqa: F401
+
+
+@provokes("special_tokens_list")
+def _(world):
+    world.tokenizer.additional_special_tokens  # noqa: B018
+
+
 @provokes("keys_not_to_convert")
 def _(world):
     from transformers.integrations import get_keys_to_not_convert  # noqa: F401
@@ -178,6 +205,12 @@ def _(world):
 @provokes("cast_quantized")
 def _(world):
     world.quantized().half()
+
+
+@provokes("head_quantized")
+def _(world):
+    model = world.quantized(load_in_8bit=True, llm_int8_skip_modules=["q_proj"])
+    model(input_ids=torch.tensor([[1, 2]]))
 
 
 @provokes("packed_shapes")
@@ -331,6 +364,24 @@ def _(world):
 
     rows = Dataset.from_dict({"question": ["a", "b"], "answer": ["c", "d"]})
     world.trainer(train_dataset=rows)
+
+
+@provokes("formatter_refused")
+def _(world):
+    world.trainer(formatting_func=lambda row: row["prompt"][0]["content"])
+
+
+@provokes("formatter_batched")
+def _(world):
+    world.trainer(train_dataset=questions(), formatting_func=lambda rows: [rows["q"]])
+
+
+@provokes("formatter_batched")
+def _(world):
+    def book(rows):  # as for a batch: the q-th letter of the answer
+        return [rows["q"][i] + rows["a"][i] for i in range(len(rows["q"]))]
+
+    world.trainer(train_dataset=questions(), formatting_func=book)
 
 
 @provokes("no_dataset")
@@ -584,6 +635,17 @@ READ = [
         "torch.AcceleratorError: CUDA error: no kernel image is available for execution on "
         "the device",
     ),
+    (
+        "eval_memory",
+        'File "/venv/transformers/trainer.py", line 2988, in evaluation_loop\n'
+        "    losses, logits, labels = self.prediction_step(\n"
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.00 GiB.",
+    ),
+    ("makefile", "Makefile:6: *** Build system changed:\n The Makefile build has been replaced"),
+    (
+        "ollama_context",
+        'level=WARN source=runner.go:129 msg="truncating input prompt" limit=2048 prompt=3940',
+    ),
 ]
 
 
@@ -604,6 +666,20 @@ MORE = [
         "wrapper_CUDA__index_select)",
     ),
     ("flash_attention", "RuntimeError: FlashAttention only supports Ampere GPUs or newer."),
+    (
+        "no_kernel_image",
+        "UserWarning: NVIDIA GeForce RTX 5090 with CUDA capability sm_120 is not compatible "
+        "with the current PyTorch installation.",
+    ),
+    (
+        "ollama_context",
+        "Error: the prompt is longer than the context length currently available to the model",
+    ),
+    (
+        "cuda_memory",
+        'File "/venv/transformers/trainer.py", line 3, in training_step\n'
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.00 GiB.",
+    ),
     (
         "flash_attention",
         "ImportError: FlashAttention2 has been toggled on, but it cannot be used due to "
@@ -685,6 +761,23 @@ WORDS = [
     ("asks_questions", "it writes the question as well"),
     ("bf16_on_t4", "on a T4 it is terribly slow"),
     ("garbage_when_served", "fine in the notebook, but garbage in Ollama"),
+    ("diverges", "my loss explodes after 100 steps"),
+    ("diverges", "there is a spike in the loss"),
+    ("overfits", "why does my model overfit?"),
+    ("overfits", "the validation loss goes up while the training loss falls"),
+    ("forgets", "it has forgotten everything else"),
+    ("forgets", "after fine-tuning it is worse at everything else"),
+    ("slow_on_cpu", "it uses the CPU instead of the GPU"),
+    ("slow_on_cpu", "so slow on the CPU, my card is idle"),
+    ("session_lost", "Colab disconnected and my training is gone"),
+    ("nan_float16", "on a T4 the loss is nan"),
+    ("nan_float16", "nan with fp16=True"),
+    ("eval_memory", "out of memory during evaluation"),
+    ("int8_checkpointing", "8-bit with gradient checkpointing saves too little"),
+    ("packing_leaks", "do packed samples see each other?"),
+    ("formatter_ignored", "my formatting_func is ignored"),
+    ("strings", "my prompt and completion are strings"),
+    ("ollama_context", "Ollama forgets the beginning of the talk"),
 ]
 
 
@@ -692,6 +785,17 @@ WORDS = [
 def test_a_readers_own_words(name, text):
     assert doctor.explain(text).name == name
     assert NAMES[name].words
+
+
+def test_a_formatter_beside_other_columns_is_ignored_and_the_cure_helps(world):
+    def text(rows):
+        trainer = world.trainer(train_dataset=rows, formatting_func=lambda row: "Ours")
+        return world.tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    rows = questions().add_column("messages", [talk, talk])
+    assert "Ours" not in text(rows) and "Ho" in text(rows)
+    assert "Ours" in text(rows.remove_columns("messages"))
 
 
 # ── what it does not know ────────────────────────────────────────────────────────────────
@@ -723,6 +827,12 @@ def assert_false():
         "how do I restart the kernel?",
         "which devices do you support?",
         "can I use two GPUs?",
+        "what is overfitting?",
+        "how many epochs until the loss is good?",
+        "can I run this on a CPU?",
+        "training is slow",
+        "what does a checkpoint hold?",
+        "IndexError: string index out of range",
         "bitsandbytes is slow",
         "flash attention",
         "RuntimeError: CUDA error: invalid argument",
@@ -934,17 +1044,14 @@ def test_the_page_is_in_step():
     assert text == house.troubleshooting(), "run: python tests/house.py sync"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@cache
+def headings(notebook):
+    cells = nbformat.read(notebooks.root() / f"{notebook}.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return [re.sub(r"[*`]", "", line.lstrip("# ")) for line in text.splitlines() if line[:1] == "#"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if NAMES[name].proof])
 def test_the_proof_is_a_heading_of_its_notebook(name):
-    if not (proof := NAMES[name].proof):
-        return
-    path = notebooks.root() / f"{proof[0]}.ipynb"
-    cells = nbformat.read(path, as_version=4).cells
-    headings = [
-        re.sub(r"[*`]", "", line.lstrip("# "))
-        for cell in cells
-        if cell.cell_type == "markdown"
-        for line in cell.source.splitlines()
-        if line.startswith("#")
-    ]
-    assert proof[1] in headings
+    notebook, heading = NAMES[name].proof
+    assert heading in headings(notebook)
