@@ -1,14 +1,16 @@
 """GGUF files: whole or not at all, readable inside, and honest about what they hold."""
 
 import json
+import re
 import shutil
 import struct
 
+import numpy as np
 import pytest
 import torch
 from trial_model import llama, tokenizer
 
-from helpers.serving import gguf, llamacpp
+from helpers.serving import _fidelity, gguf, llamacpp
 
 TALK = [
     {"role": "user", "content": "The old key opened a hidden door."},
@@ -233,18 +235,113 @@ def test_a_damaged_source_is_refused_and_nothing_is_lost(f16, tmp_path):
 
 
 @PROGRAMS
-def test_fidelity_of_the_same_file_is_perfect_and_of_fewer_bits_worse(f16, tmp_path):
-    few = gguf.quantize(f16, tmp_path / "q2.gguf", "Q2_K")
-    text = tokenizer().apply_chat_template(TALK, tokenize=False) * 12
-    table = gguf.fidelity(f16, {"same": f16, "Q2_K": few}, text, context=64)
-    assert list(table.index) == ["F16", "same", "Q2_K"]
-    assert table.loc["same", "mean KL"] == pytest.approx(0, abs=1e-4)
-    assert table.loc["same", "perplexity"] == pytest.approx(
-        table.loc["F16", "perplexity"], rel=1e-3
+def test_llamacpps_word_on_tensors_that_fell_back_is_passed_on(f16, tmp_path, capsys):
+    gguf.quantize(f16, tmp_path / "q4.gguf", "Q4_K_M")
+    said = capsys.readouterr().out
+    assert said.startswith("Q4_K_M: 1 of 11 tensors fell back, such as blk.0.ffn_down.weight - ")
+    assert "ncols 320 not divisible by 256" in said
+    two = gguf.inspect(gguf.quantize(f16, tmp_path / "q2.gguf", "Q2_0"))
+    assert capsys.readouterr().out == "", "rows of 320 are five blocks of 64"
+    assert (
+        two.kind == "Q2_0" and two.tensors.loc["blk.0.ffn_down.weight", "bits per weight"] == 2.25
     )
-    assert table.loc["Q2_K", "mean KL"] > 10 * abs(table.loc["same", "mean KL"])
+
+
+# ── fidelity: each answer token, by its id ───────────────────────────────────────────────
+ROWS = [
+    {"prompt": TALK[:1], "completion": TALK[1:]},
+    {"messages": [*TALK, {"role": "user", "content": "Hm?"}, {**TALK[1], "content": "Yes 🙂é."}]},
+    {"sentence": "The tea is hot.", "translation": "Hot, the tea is."},
+]
+
+
+def losses(folder, ids, tokens):
+    """What PyTorch finds for the last `tokens` of a row, each."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -tokens - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-tokens:]))
+
+
+@PROGRAMS
+def test_the_perplexity_of_answers_is_pytorchs_on_the_same_tokens(folder, f16):
+    table = gguf.fidelity(f16, {"same": f16}, ROWS)
+    made, found = tokenizer(), table.attrs
+    scored = [made.decode(i[-n:]) for i, n in zip(found["ids"], found["tokens"], strict=True)]
+    assert scored == [
+        "A hidden door, the old key opened.<|im_end|>",
+        "Yes 🙂é.<|im_end|>",
+        "Hot, the tea is.<|im_end|>",
+    ]
+    theirs = [losses(folder, *row) for row in zip(found["ids"], found["tokens"], strict=True)]
+    assert found["losses"]["F16"] == pytest.approx([float(x) for x in theirs], rel=2e-3)
+    mean = np.average(theirs, weights=found["tokens"])
+    assert table.loc["F16", "perplexity"] == pytest.approx(np.exp(mean), rel=2e-3)
+    assert table.loc["same", "mean KL"] == pytest.approx(0, abs=1e-4)
+    trained = gguf.fidelity(f16, {"same": f16}, ROWS[:1], tokenizer=made).attrs["ids"][0]
+    assert trained == made.apply_chat_template(TALK, return_dict=False)[: len(trained)]
+    assert trained != found["ids"][0], "here, llama.cpp adds BOS, and spaces behind the markers"
+
+
+@PROGRAMS
+def test_fewer_bits_lose_more_and_a_text_is_scored_whole(f16, tmp_path):
+    few = gguf.quantize(f16, tmp_path / "q2.gguf", "Q2_K")
+    text = tokenizer().apply_chat_template(TALK, tokenize=False) * 2
+    files = {"F16": f16, "Q2_K": few}
+    table = gguf.fidelity(f16, files, text, context=64, tokenizer=tokenizer())
+    assert list(table.index) == ["F16, original", "F16", "Q2_K"]
+    ids = tokenizer().encode(text, add_special_tokens=False)
+    assert sum(table.attrs["tokens"]) == len(ids) - 8, "each token once, but the first eight"
+    assert table.loc["Q2_K", "mean KL"] > 10 * abs(table.loc["F16", "mean KL"])
     assert table.loc["Q2_K", "MB"] < table.loc["F16", "MB"]
-    with pytest.raises(ValueError, match="too short for windows of context=512"):
-        gguf.fidelity(f16, {"same": f16}, "Too short.", context=512)
-    with pytest.raises(ValueError, match="quantized is empty"):
-        gguf.fidelity(f16, {}, text)
+    assert re.fullmatch(r"[+-][\d.]+ \(-?[\d.]+ to -?[\d.]+\)", table.loc["Q2_K", "added loss"])
+    low, high = map(float, table.loc["Q2_K", "95 %"].split(" to "))
+    assert low < table.loc["Q2_K", "perplexity"] < high
+
+
+@pytest.mark.parametrize(
+    ("quantized", "text", "words"),
+    [
+        ({}, "x", "quantized is empty"),
+        ({"same": None}, "Short.", "too short: it has 6 tokens"),
+        ({"same": None}, [], "no rows"),
+        ({"same": None}, [ROWS[0], {"messages": TALK[:1]}], "row 1: .*question and one answer"),
+    ],
+)
+@PROGRAMS
+def test_what_cannot_be_scored_is_named(f16, quantized, text, words):
+    with pytest.raises(ValueError, match=words):
+        gguf.fidelity(f16, dict.fromkeys(quantized, f16), text, tokenizer=tokenizer())
+
+
+def test_divergence_is_exact_where_all_is_told_and_never_more():
+    generator = np.random.default_rng(0)
+    p, q = (generator.dirichlet(np.ones(20) / 3) + 1e-9 for _ in "pq")
+    p, q = p / p.sum(), q / q.sum()
+    exact = float((p * np.log(p / q)).sum())
+    most = [{n: float(np.log(x[n])) for n in np.argsort(-x)[:k]} for k in (20, 8) for x in (p, q)]
+    assert _fidelity.divergence(*most[:2]) == pytest.approx(exact, abs=1e-4)
+    assert 0 < _fidelity.divergence(*most[2:]) < exact
+
+
+# ── importance matrices ──────────────────────────────────────────────────────────────────
+def test_the_smallest_kinds_ask_for_an_importance_matrix(f16, tmp_path):
+    with pytest.raises(ValueError, match=r"'IQ2_M' is so small that it demands imatrix="):
+        gguf.quantize(f16, tmp_path / "out.gguf", "iq2_m")
+
+
+@pytest.mark.skipif(llamacpp.find("llama-imatrix") is None, reason="not built yet")
+def test_an_importance_matrix_is_measured_on_rows_and_used(folder, f16, tmp_path):
+    with pytest.raises(ValueError, match="too short: with this context it needs 1024 tokens"):
+        gguf.imatrix(f16, tmp_path / "im.gguf", ROWS)
+    made = gguf.imatrix(f16, tmp_path / "im.gguf", ROWS, context=64)
+    inside = gguf.inspect(made)
+    assert inside.metadata["general.type"] == "imatrix"
+    assert inside.tensors.loc["blk.0.ffn_down.weight.in_sum2", "row"] == 320
+    plain = gguf.quantize(f16, tmp_path / "plain.gguf", "Q2_K")
+    guided = gguf.quantize(f16, tmp_path / "guided.gguf", "Q2_K", imatrix=made)
+    assert plain.read_bytes()[-50_000:] != guided.read_bytes()[-50_000:]
+    small = gguf.quantize(f16, tmp_path / "iq.gguf", "IQ2_XXS", imatrix=made)
+    assert "IQ2_XXS" in gguf.inspect(small).types

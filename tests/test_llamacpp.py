@@ -33,7 +33,7 @@ LISTS = """\
 cmake_minimum_required(VERSION 3.10)
 project(tiny CXX)
 set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
-foreach(name llama-server llama-quantize llama-perplexity)
+foreach(name llama-server llama-quantize llama-imatrix)
   add_executable(${name} main.cpp)
 endforeach()
 """
@@ -232,15 +232,22 @@ def stand_in(folder, does):
 )
 def test_programs_are_tried_before_anybody_relies_on_them(tmp_path, does, options, words):
     folder = stand_in(tmp_path, does)
-    trial = _trial.run(folder / "llama-perplexity")
+    trial = _trial.run(folder / "llama-imatrix")
     assert trial.refused is (options is None)
     assert trial.options == (options or [])
     assert re.search(words, str(trial)) and bool(str(trial)) is bool(words)
 
 
 def test_without_the_program_nothing_is_tried(tmp_path):
-    trial = _trial.run(tmp_path / "llama-perplexity")
+    trial = _trial.run(tmp_path / "llama-imatrix")
     assert (trial.options, trial.refused, str(trial)) == ([], False, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
+def test_an_older_build_is_tried_with_the_program_it_has(tmp_path):
+    folder = stand_in(tmp_path, SIGILL)
+    (folder / "llama-imatrix").rename(folder / "llama-perplexity")
+    assert llamacpp._tried(folder).refused
 
 
 @pytest.mark.skipif(os.name == "nt", reason="shell scripts and signals")
@@ -251,7 +258,7 @@ def test_your_own_programs_are_started_plainly_or_refused_in_words(
     monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "plain", NEEDS_PLAIN)))
     assert llamacpp.options("llama-server") == ["--threads", "3", "--no-repack"]
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert llamacpp.options("llama-perplexity") == ["--no-repack"]
+    assert llamacpp.options("llama-imatrix") == ["--no-repack"]
     assert capsys.readouterr().out.count("--no-repack") == 1, "said once, not per program"
     assert "SIGILL" in llamacpp.trouble()
     monkeypatch.setenv(llamacpp.VARIABLE, str(stand_in(tmp_path / "dead", SIGILL)))
@@ -317,7 +324,9 @@ def test_the_source_is_what_lies_in_the_sdist_and_is_fetched_once(cache, monkeyp
 
 # ── built ────────────────────────────────────────────────────────────────────────────────
 @BUILDS
-def test_it_is_built_once_kept_and_built_again_when_incomplete(cache, source, monkeypatch):
+def test_it_is_built_once_kept_and_built_again_for_a_program_that_is_missing(
+    cache, source, monkeypatch
+):
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
     assert llamacpp.find("llama-server") is None
     path = llamacpp.binary("llama-server")
@@ -326,10 +335,11 @@ def test_it_is_built_once_kept_and_built_again_when_incomplete(cache, source, mo
     made = path.stat().st_mtime_ns
     assert llamacpp.binary("llama-server").stat().st_mtime_ns == made
     assert llamacpp.has_web_page() is False and not partials(cache)
-    (path.parent / "llama-perplexity").unlink()
-    assert llamacpp.find("llama-server") is None, "one missing program spoils the folder"
-    assert llamacpp.binary("llama-server").stat().st_mtime_ns > made
-    assert (path.parent / "llama-perplexity").is_file() and not partials(cache)
+    (path.parent / "llama-imatrix").unlink()  # as in a build of the time before
+    assert llamacpp.binary("llama-server").stat().st_mtime_ns == made, "it serves all the same"
+    assert llamacpp.find("llama-imatrix") is None
+    assert llamacpp.binary("llama-imatrix").is_file() and not partials(cache)
+    assert path.stat().st_mtime_ns > made
 
 
 @BUILDS
@@ -339,7 +349,7 @@ def test_a_build_that_this_processor_refuses_is_followed_by_a_portable_one(
     monkeypatch.setattr(llamacpp, "source_folder", lambda: source)
     (source / "CMakeLists.txt").write_text(
         LISTS + 'option(GGML_NATIVE "" ON)\nif(GGML_NATIVE)\n'
-        "target_compile_definitions(llama-perplexity PRIVATE REFUSED)\nendif()\n"
+        "target_compile_definitions(llama-imatrix PRIVATE REFUSED)\nendif()\n"
     )
     (source / "main.cpp").write_text(
         "#include <csignal>\n#include <cstdio>\nint main(int n, char **) {\n"

@@ -3,6 +3,8 @@
 import functools
 import shutil
 
+import gguf
+import numpy as np
 import pytest
 from chat_families import FAMILIES, conversations
 from chat_families import tokenizer as fresh
@@ -94,3 +96,43 @@ def test_arguments_are_checked():
 def test_a_modelfile_without_a_template_is_named():
     with pytest.raises(ValueError, match="no TEMPLATE"):
         serving.template_parity(tokenizer("chatml"), TALKS[:1], modelfile="FROM x")
+
+
+# ── a GGUF file that carries its template ────────────────────────────────────────────────
+def carrier(path, template, end):
+    """A file with a chat template and an end token; its one tensor means nothing."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_chat_template(template)
+    writer.add_eos_token_id(end)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    for write in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
+        getattr(writer, f"write_{write}")()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_alone_serves_a_file_that_carries_its_template(family, tmp_path):
+    made = tokenizer(family)
+    stop = parity.stop_words(made)[0]
+    end = made.convert_tokens_to_ids(stop)
+    path = carrier(tmp_path / "a.gguf", made.chat_template, end)
+    text = serving.ollama_modelfile(made, path, parameters={"num_ctx": 1024})
+    assert text == f"FROM {path}\nPARAMETER num_ctx 1024\n"
+    report = serving.template_parity(made, TALKS[:20], modelfile=text)
+    assert report.exact and "the template inside its GGUF file" in report.compared, str(report)
+
+
+def test_a_file_with_another_template_or_end_is_caught(tmp_path):
+    made = tokenizer("chatml")
+    end = made.convert_tokens_to_ids("<|im_end|>")
+    other = carrier(tmp_path / "b.gguf", tokenizer("phi-3").chat_template, end)
+    assert "TEMPLATE" in serving.ollama_modelfile(made, other), "it carries another one"
+    report = serving.template_parity(made, TALKS[:2], modelfile=f"FROM {other}\n")
+    assert report.codes == {"different_text"}
+    deaf = carrier(tmp_path / "c.gguf", made.chat_template, end + 1)
+    report = serving.template_parity(made, TALKS[:2], modelfile=f"FROM {deaf}\n")
+    assert report.codes == {"missing_stop"}
+    said = f'FROM {deaf}\nSYSTEM "Be brief."\nPARAMETER stop "<|im_end|>"\n'
+    report = serving.template_parity(made, [TALKS[0][-1:]], modelfile=said)
+    assert report.codes == {"different_text"} and "Be brief." in str(report)

@@ -24,7 +24,7 @@ from helpers.serving import _programs
 REQUIREMENT = "llama-cpp-python==0.3.36"
 SDIST_BYTES = 76_589_250
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PROGRAMS = ("llama-server", "llama-quantize", "llama-perplexity")
+PROGRAMS = ("llama-server", "llama-quantize", "llama-imatrix")
 EXE = ".exe" if os.name == "nt" else ""
 NEEDED_BYTES = 2_500_000_000
 COMPILER_BYTES = 1_200_000_000  # what one compiler process may take

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SUPER_BLOCK = 256  # weights that the K types quantize together
 FEW = 12  # a longer list is told by its length
 STRING, ARRAY = 8, 9
+NEWER, KINDS = {42: ("Q2_0", 64, 18)}, {41: "Q2_0"}  # numbers that PyPI's `gguf` has no name for
 FORMS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # GGUF's numbers
 
 
@@ -54,13 +55,14 @@ class GGUFFile(Shown):
 
     @property
     def fallback_tensors(self) -> pd.DataFrame:
-        """Matrices of a K type's file whose rows do not divide into super-blocks of 256.
+        """Matrices of a K or IQ type's file whose rows do not divide into super-blocks of 256.
 
         llama.cpp stores them in another, larger type of blocks of 32.
         """
         odd = self.tensors["row"] % SUPER_BLOCK != 0
         quantized = ~self.tensors["type"].isin(["F32", "F16", "BF16"])
-        return self.tensors[odd & quantized & ("_K" in self.kind)]
+        super_blocks = ("_K" in self.kind or "IQ" in self.kind) and self.kind != "IQ4_NL"
+        return self.tensors[odd & quantized & super_blocks]
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
@@ -104,7 +106,8 @@ def inspect(path: str | Path) -> GGUFFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 metadata, rows = _head(data)
             tensors = pd.DataFrame(rows).set_index("name")
-            kind = gguf.LlamaFileType(metadata.get("general.file_type", 1024)).name
+            number = metadata.get("general.file_type", 1024)
+            kind = KINDS.get(number) or gguf.LlamaFileType(number).name
         except (ValueError, LookupError, ArithmeticError, TypeError, struct.error) as error:
             raise ValueError(
                 f"path={str(path)!r} is cut short or damaged ({path.stat().st_size:,} bytes; "
@@ -150,10 +153,16 @@ class _Cursor:
         return f"{count:,} values"
 
 
-def _head(data: mmap.mmap) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metadata, and a row for each tensor; raises where the data end too soon."""
+def _kind(number: int) -> tuple[str, int, int]:
+    """The name of a tensor type, its weights per block and its bytes per block."""
     import gguf
 
+    kind = gguf.GGMLQuantizationType(number)
+    return kind.name, *gguf.GGML_QUANT_SIZES[kind]
+
+
+def _head(data: mmap.mmap) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metadata, and a row for each tensor; raises where the data end too soon."""
     read = _Cursor(data)
     version, tensors, pairs = read.number("I"), read.number("Q"), read.number("Q")
     if version not in (2, 3):
@@ -166,9 +175,9 @@ def _head(data: mmap.mmap) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for _ in range(tensors):
         name = read.text()
         shape = [read.number("Q") for _ in range(read.number("I"))]
-        kind, offset = gguf.GGMLQuantizationType(read.number("I")), read.number("Q")
-        weights, (block, size) = math.prod(shape), gguf.GGML_QUANT_SIZES[kind]
-        row = {"name": name, "shape": tuple(reversed(shape)), "row": shape[0], "type": kind.name}
+        number, offset, weights = read.number("I"), read.number("Q"), math.prod(shape)
+        kind, block, size = NEWER.get(number) or _kind(number)
+        row = {"name": name, "shape": tuple(reversed(shape)), "row": shape[0], "type": kind}
         row |= {"weights": weights, "bytes": weights // block * size, "offset": offset}
         rows.append(row | {"bits per weight": 8 * size / block})
     align = metadata.get("general.alignment", 32)

@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any
 
 Messages = list[dict[str, str]]  # each with "role" and "content"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Refused(ConnectionError):
@@ -28,9 +29,8 @@ def ask(url: str, payload: object = None, *, key: str = "", seconds: float = 600
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     data = None if payload is None else json.dumps(payload).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url, data, headers), timeout=seconds) as answer:
+        with DIRECT.open(urllib.request.Request(url, data, headers), timeout=seconds) as answer:
             said = answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:400]

@@ -40,7 +40,7 @@ class Trial:
 
 
 def run(program: Path) -> Trial:
-    """Let `llama-perplexity` compute on the tiny file, in its fastest way, then plainly.
+    """Let llama-imatrix (or -perplexity) compute on the tiny file: its fastest way, then plainly.
 
     Where there is no such program nothing can be tried, and nothing is unusual.
     """

@@ -9,7 +9,7 @@ Example:
     >>> q8 = quantize(f16, "model-Q8_0.gguf", "Q8_0")  # doctest: +SKIP
     >>> inspect(q8).bits_per_weight  # doctest: +SKIP
     8.5
-    >>> fidelity(f16, {"Q8_0": q8}, text)  # doctest: +SKIP
+    >>> fidelity(f16, {"Q8_0": q8}, test)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -19,26 +19,31 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import _machine
-from helpers._checks import one_of
+from helpers._checks import one_of, whole_number
 from helpers._files import atomic_path
-from helpers.serving import _folders, _programs, llamacpp
+from helpers.serving import _folders, _programs, _rows, llamacpp
+from helpers.serving._fidelity import fidelity
 from helpers.serving._inspection import GGUFFile, inspect
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GGUFFile", "convert_adapter", "convert_model", "fidelity", "inspect", "quantize"]
+__all__ = ["GGUFFile", "convert_adapter", "convert_model", "fidelity", "imatrix"]
+__all__ += ["inspect", "quantize"]
 
 FLOATS = ("f32", "f16", "bf16")
 KINDS = (
     *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1"),
-    *("Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+    *("Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_0"),
+    *("IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS"),
+    *(DEMANDING := ("IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")),
 )
+SUMS = ".in_sum2"  # what llama-imatrix calls the sums of squares of a matrix's inputs
 # What a converter's words mean, for whoever has not written it.
 FAILURES = {
     r"Model (\S+) is not supported": (
@@ -49,6 +54,10 @@ FAILURES = {
         "llama.cpp does not know how this tokenizer cuts a text into words (its {}): a normalizer, "
         "a pre-tokenizer or BOS was changed, or the model is newer than this llama.cpp. Take the "
         "base's own tokenizer files and add only your tokens and template"
+    ),
+    r"you need at least (\d+) tokens": (
+        "text is too short: with this context it needs {} tokens. Give more rows or a smaller "
+        "context"
     ),
 }
 
@@ -118,23 +127,71 @@ def _convert(script: str, arguments: list[object], out: str | Path, overwrite: b
     source = llamacpp.source_folder()
     command = [sys.executable, source / script, *arguments, "--outfile", out]
     environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
-    return _write(script, command, out, overwrite, env=environment)
+    _write(script, command, out, overwrite, env=environment)
+    return Path(out)
 
 
 # ── quantizing ───────────────────────────────────────────────────────────────────────────
-def quantize(
-    source: str | Path, out: str | Path, kind: str = "Q4_K_M", *, overwrite: bool = False
+def imatrix(
+    source: str | Path,
+    out: str | Path,
+    text: str | Iterable[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    context: int = 512,
+    overwrite: bool = False,
 ) -> Path:
-    """Quantize a float GGUF file.
+    """Measure which weights matter most on your data: an importance matrix for `quantize`.
+
+    For each input of each matrix llama-imatrix takes the mean of its square: the rounding of a
+    weight costs as much as what it is multiplied with.
+
+    Args:
+        source: the float GGUF file.
+        out: a path ending in .gguf, which is returned.
+        text: *training* rows as `fidelity` takes them, or one text; special tokens count.
+        tokenizer: renders the rows; None: the GGUF's own template.
+        context: tokens read at a time; the text must have twice as many.
+        overwrite: replace an existing file (else ValueError).
+
+    Raises:
+        ValueError: for a damaged file, and too few rows.
+
+    Example:
+        >>> imatrix("yoda-f16.gguf", "yoda-imatrix.gguf", train)  # doctest: +SKIP
+        PosixPath('yoda-imatrix.gguf')
+    """
+    whole_number("context", context, 2)
+    with tempfile.TemporaryDirectory() as scratch:
+        words = Path(scratch, "rows.txt")
+        words.write_text(_rows.as_text(inspect(source), text, tokenizer), encoding="utf-8")
+        command = [llamacpp.binary("llama-imatrix"), "-m", source, "-f", words, "-o", out]
+        command += ["-c", context, "-b", context, "--parse-special", "--no-ppl"]
+        _write("llama-imatrix", [*command, *llamacpp.options("llama-imatrix")], out, overwrite)
+    return Path(out)
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    kind: str = "Q4_K_M",
+    *,
+    imatrix: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Quantize a float GGUF file; prints how many tensors fell back to another type, if any.
 
     Args:
         source: an f32, f16 or bf16 file, since quantizing twice loses twice.
         out: a path ending in .gguf, which is returned.
         kind: a name such as 'Q8_0', 'Q6_K', 'Q4_K_M' (see KINDS), in either case.
+        imatrix: an importance matrix (see `imatrix`): the weights that matter most are rounded
+            with the most care. The smallest kinds demand one.
         overwrite: replace an existing file (else ValueError).
 
     Raises:
-        ValueError: for an unknown kind, and a source that is damaged or quantized.
+        ValueError: for an unknown kind, one that demands an importance matrix, a matrix of
+            another model, and a source that is damaged or quantized.
 
     Example:
         >>> quantize("yoda-f16.gguf", "yoda-Q4_K_M.gguf")  # doctest: +SKIP
@@ -148,74 +205,25 @@ def quantize(
             f"source={str(source)!r} is {found.kind} already: quantize from an f16 file, "
             "because every quantization loses something"
         )
-    command = [llamacpp.binary("llama-quantize"), source, out, kind]
-    return _write("llama-quantize", command, out, overwrite)
-
-
-# ── fidelity ─────────────────────────────────────────────────────────────────────────────
-def fidelity(
-    float_gguf: str | Path, quantized: dict[str, Path], text: str, *, context: int = 128
-) -> pd.DataFrame:
-    """How far quantized files are from their float original, measured by llama-perplexity.
-
-    Args:
-        float_gguf: the original.
-        quantized: {name: path}.
-        text: held-out text of at least two windows of `context` tokens.
-        context: tokens a window; the second half of each counts.
-
-    Returns:
-        One row each, the original's first: MB (1e6 bytes), bits per weight, perplexity
-        (exponential of the mean loss per token; lower is better) and mean KL (mean
-        Kullback-Leibler divergence of the next-token distribution from the original's, in
-        nats; 0 is the same model).
-
-    Raises:
-        ValueError: for damaged files and for a text that is too short.
-
-    Example:
-        >>> fidelity("yoda-f16.gguf", {"Q8_0": "yoda-Q8_0.gguf"}, text)  # doctest: +SKIP
-    """
-    import pandas as pd
-
-    if not quantized:
-        raise ValueError("quantized is empty: pass a dict such as {'Q8_0': path}")
-    program, rows = llamacpp.binary("llama-perplexity"), []
-    with tempfile.TemporaryDirectory() as scratch:
-        prompt, logits = Path(scratch, "text.txt"), Path(scratch, "logits")
-        prompt.write_text(text, encoding="utf-8")
-        common = ["-c", context, "-b", context, "--kl-divergence-base", logits]
-        common += llamacpp.options("llama-perplexity")
-        for name, path in [(None, float_gguf), *quantized.items()]:
-            found = inspect(path)
-            extra = ["--kl-divergence"] if name else ["-f", prompt]
-            label = r"Mean PPL\(Q\) *:" if name else "Final estimate: PPL ="
-            wanted = r"Mean +KLD" if name else f"{label}|at least|]nan"
-            done = _programs.run_until(wanted, [program, "-m", path, *common, *extra])
-            perplexity = re.search(label + r" *([\d.]+)", done.stdout)
-            divergence = re.search(r"Mean +KLD: *(-?[\d.]+)", done.stdout)
-            if re.search(r"[]:] *-?nan", done.stdout):
-                raise ValueError(
-                    f"{Path(path).name} holds weights that are no numbers (NaN): its perplexity is "
-                    "none either. Look at the training's loss"
-                )
-            if "you need at least" in done.stdout:
-                raise ValueError(
-                    f"text is too short for windows of context={context} tokens: give more "
-                    "text or a smaller context"
-                )
-            if done.returncode or not perplexity or (name and not divergence):
-                raise _failed(f"llama-perplexity, on {Path(path).name},", done)
-            rows.append(
-                {
-                    "variant": name or found.kind,
-                    "MB": found.bytes / 1e6,
-                    "bits per weight": found.bits_per_weight,
-                    "perplexity": float(perplexity[1]),
-                    "mean KL": float(divergence[1]) if divergence else 0.0,
-                }
-            )
-    return pd.DataFrame(rows).set_index("variant")
+    if imatrix is None and kind in DEMANDING:
+        raise ValueError(
+            f"kind={kind!r} is so small that it demands imatrix=, the file that `gguf.imatrix` "
+            "makes of your training rows"
+        )
+    guide: list[object] = []
+    if imatrix is not None:
+        sums = inspect(imatrix).tensors["row"].filter(like=SUMS)
+        rows = {str(name).removesuffix(SUMS): row for name, row in sums.items()}
+        if not rows or any(found.tensors["row"].get(x) != row for x, row in rows.items()):
+            raise ValueError(f"imatrix={str(imatrix)!r} was not measured on this model")
+        guide = ["--imatrix", imatrix]
+    command = [llamacpp.binary("llama-quantize"), *guide, source, out, kind]
+    said = _write("llama-quantize", command, out, overwrite)
+    fell = [line for line in said.splitlines() if re.search("falling back|using fallback", line)]
+    if fell:
+        one = " ".join(fell[0].split()).removeprefix("warning: ")
+        print(f"{kind}: {len(fell)} of {len(found.tensors)} tensors fell back, such as {one}")
+    return Path(out)
 
 
 # ── shared ───────────────────────────────────────────────────────────────────────────────
@@ -228,8 +236,8 @@ def _failed(what: str, done: subprocess.CompletedProcess[str]) -> Exception:
 
 def _write(
     name: str, command: Iterable[object], out: str | Path, overwrite: bool, **settings: Any
-) -> Path:
-    """Let a command that names `out` write it: whole, or not at all."""
+) -> str:
+    """Let a command that names `out` write it, whole or not at all; returns what it said."""
     if Path(out).suffix != ".gguf":
         raise ValueError(f"out must end in .gguf, not {Path(out).name!r}")
     with atomic_path(out, overwrite=overwrite) as partial:
@@ -251,4 +259,4 @@ def _write(
                 f"{rows:,} rows, which llama.cpp will not load for this kind of tokenizer: call "
                 "`model.resize_token_embeddings(len(tokenizer))`, and save the model again"
             )
-    return Path(out)
+    return done.stdout

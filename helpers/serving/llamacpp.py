@@ -34,7 +34,7 @@ def binary(name: str) -> Path:
     """The path of one of llama.cpp's programs; builds them on first use (some minutes).
 
     Args:
-        name: 'llama-server', 'llama-quantize' or 'llama-perplexity'.
+        name: 'llama-server', 'llama-quantize' or 'llama-imatrix'.
 
     Raises:
         ValueError: for another name, or an old program in the folder that `LLAMA_CPP` names.
@@ -74,7 +74,7 @@ def find(name: str) -> Path | None:
         return path
     if (found := shutil.which(name)) and _is_new_enough(Path(found)):
         return Path(found)
-    folders = (folder for folder in _finished() if not _tried(folder).refused)
+    folders = (folder for folder in _finished(name) if not _tried(folder).refused)
     return next((folder / (name + EXE) for folder in folders), None)
 
 
@@ -110,7 +110,7 @@ def build(*, web_page: bool = False, cuda: bool = False) -> Path:
 
 
 def options(name: str) -> list[str]:
-    """What llama-server or llama-perplexity needs on its command line on this machine.
+    """What llama-server or llama-imatrix needs on its command line on this machine.
 
     The number of threads where `OMP_NUM_THREADS` is set; '--no-repack' where the fastest
     kernels are refused. OSError for programs of yours that do not compute either way.
@@ -172,7 +172,9 @@ _say_once = functools.cache(print)
 
 @functools.cache
 def _tried(folder: Path) -> _trial.Trial:
-    return _trial.run(folder / f"llama-perplexity{EXE}")
+    # Builds from before llama-imatrix was asked for have the other one, which computes alike.
+    programs = [folder / f"llama-{name}{EXE}" for name in ("imatrix", "perplexity")]
+    return _trial.run(next(filter(Path.is_file, programs), programs[0]))
 
 
 @functools.cache
@@ -226,10 +228,12 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / "bin" / (name + EXE)).is_file() for name in PROGRAMS)
 
 
-def _finished() -> list[Path]:
-    """The programs' folders of all finished builds for this processor, the ablest first."""
-    plain = _folder()
-    found = [f / "bin" for f in plain.parent.glob(f"{plain.name}*") if _is_complete(f)]
+def _finished(name: str = "llama-server") -> list[Path]:
+    """The folders of all builds for this processor that have a program, the ablest first.
+
+    Builds of an older course have no llama-imatrix: what they have is good, and is kept.
+    """
+    found = [path.parent for path in _folder().parent.glob(f"{_folder().name}*/bin/{name}{EXE}")]
     return sorted(found, key=_ability, reverse=True)
 
 

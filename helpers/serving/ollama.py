@@ -1,8 +1,9 @@
 """Ollama: a Modelfile from a tokenizer, and a client (Chapter 6).
 
-Older versions of Ollama do not read a chat template in Jinja; they want one in Go's template
-language. Here it is not picked from a list of known models: `_anatomy` takes the tokenizer's
-own apart and says it in Go, or refuses.
+Since 0.30 (May 2026) Ollama starts llama.cpp's server and lets it read the chat template in
+the GGUF file, so a file that carries the trained one needs no TEMPLATE. Older versions, and
+files without a template, want one in Go's language: `_anatomy` takes the tokenizer's own
+apart and writes it in Go, or refuses.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from helpers.serving import _rest
-from helpers.serving._anatomy import GoTemplate, parse_template, quoted, stop_words
+from helpers.serving._anatomy import GoTemplate, parse_template, quoted, stop_words, take_apart
 from helpers.serving._rest import Messages
+from helpers.serving.parity import carried_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,31 +45,42 @@ def ollama_modelfile(
 ) -> str:
     """Ollama's Modelfile for a model and its chat template, as text (Chapter 6).
 
+    `FROM` and your parameters, where the GGUF file carries the tokenizer's own template;
+    otherwise a TEMPLATE in Go's language and stop words besides.
+
     Args:
-        tokenizer: its chat template is said in Go's language; its stop words are named.
+        tokenizer: the one that trained.
         source: path of a GGUF file, or the name of a model Ollama has.
-        adapter: path of an adapter's GGUF; recent versions of Ollama are reported to refuse
-            it, so prefer a merged model.
+        adapter: path of an adapter's GGUF; `ollama create` refuses it since 0.34.1, so prefer
+            a merged model.
         parameters: such as {'temperature': 0, 'stop': ['###', 'Q:']}.
 
     Raises:
-        ValueError: when the template cannot be said in Go's language, writes the date of the
-            day or strips thoughts, and for what a Modelfile cannot hold.
+        ValueError: when a TEMPLATE is needed and cannot be said in Go's language, or writes
+            the date of the day or strips thoughts; and for what a Modelfile cannot hold.
 
     Example:
         >>> text = ollama_modelfile(tokenizer, "./yoda.gguf")  # doctest: +SKIP
     """
-    template = parse_template(tokenizer)
     lines = [f"FROM {_one_line('source', source)}"]
     if adapter is not None:
-        lines.append("# Recent versions of Ollama are reported to refuse ADAPTER: merge instead.")
+        lines.append("# Ollama refuses ADAPTER since 0.34.1 (ollama/ollama#14969): merge instead.")
         lines.append(f"ADAPTER {_one_line('adapter', adapter)}")
-    lost = "system messages after the first" if template.system is not None else "system messages"
-    lines.append(f'TEMPLATE """{template.text()}"""')
-    lines.append(f"# Ollama drops what TEMPLATE does not say: tool calls, tool messages, {lost}.")
-    if template.default:
-        lines.append(f'SYSTEM """{template.default}"""')
-    settings = [("stop", quoted("stop", word)) for word in stop_words(tokenizer, template)]
+    settings = []
+    if carried_template(source) == tokenizer.chat_template is not None:
+        template = take_apart(tokenizer)
+    else:
+        template = parse_template(tokenizer)
+        kind = (
+            "system messages after the first" if template.system is not None else "system messages"
+        )
+        lines.append(f'TEMPLATE """{template.text()}"""')
+        lines.append(
+            f"# Ollama drops what TEMPLATE does not say: tool calls, tool messages, {kind}."
+        )
+        if template.default:
+            lines.append(f'SYSTEM """{template.default}"""')
+        settings = [("stop", quoted("stop", word)) for word in stop_words(tokenizer, template)]
     for name, value in (parameters or {}).items():
         values = value if name == "stop" and isinstance(value, list | tuple) else [value]
         settings += [(name, _setting(name, each, template)) for each in values]

@@ -3,7 +3,8 @@
 
 "Good in the notebook, garbage in Ollama" is nearly always a prompt that differs by a few
 characters. `template_parity` renders conversations with the tokenizer that trained the
-model, with llama.cpp's server, and with a Modelfile's TEMPLATE in Go's own engine.
+model, with llama.cpp's server, and as Ollama would: with a Modelfile's TEMPLATE in Go's own
+engine or, where it has none, with the template inside its GGUF file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from helpers import _machine
 from helpers._report import Finding, Shown, card
 from helpers.serving import _programs
 from helpers.serving._anatomy import adds_bos, collate, stop_words, take_apart, writes_date
+from helpers.serving._inspection import inspect
 from helpers.serving._rest import Messages
 
 if TYPE_CHECKING:
@@ -102,10 +104,12 @@ def template_parity(
         conversations: lists of messages that end with the user.
         server: a running server, whose template and tokenizer are compared.
         modelfile: the text of a Modelfile. Its stop words are checked, and its TEMPLATE runs
-            in Go's text/template (skipped, with the reason, without the program `go`).
+            in Go's text/template (skipped, with the reason, without the program `go`). Without
+            a TEMPLATE, the one inside the GGUF file that FROM names is compared.
 
     Raises:
-        ValueError: for nothing to compare, and a TEMPLATE that Go refuses.
+        ValueError: for nothing to compare, a TEMPLATE that Go refuses, and a Modelfile with no
+            template anywhere.
 
     Example:
         >>> with LlamaServer("model.gguf") as server:  # doctest: +SKIP
@@ -130,9 +134,16 @@ def template_parity(
         found += _texts("server", tokenizer, *bare)
         found += _tokens(tokenizer, expected, got, server)
     if modelfile is not None:
+        fields = _fields(modelfile)
+        carried, ending = _inside(fields)
         compared.append("stop words of the Modelfile")
-        found += _stops(tokenizer, modelfile)
-        if shutil.which("go"):
+        found += _stops(tokenizer, [*fields.get("stop", []), *ending])
+        if carried:
+            compared.append("the template inside its GGUF file")
+            told = enumerate(_told(fields, talk) for talk in talks)
+            got = [_training_prompt(tokenizer, *each, carried) for each in told]
+            found += _texts("ollama", tokenizer, expected, got)
+        elif shutil.which("go"):
             compared.append("its TEMPLATE in Go")
             got = [bos + text for text in _render_in_go(modelfile, talks)]
             found += _texts("ollama", tokenizer, expected, got)
@@ -141,9 +152,26 @@ def template_parity(
     return Parity(len(talks), tuple(compared), skipped, tuple(found))
 
 
-def _training_prompt(tokenizer, number, talk):
+def carried_template(source: object) -> str | None:
+    """The chat template inside the GGUF file at `source`; None without such a file, or in it."""
+    return _metadata(source).get("tokenizer.chat_template")
+
+
+def _metadata(source):
+    path = Path(str(source))
+    return inspect(path).metadata if path.suffix == ".gguf" and path.is_file() else {}
+
+
+def _inside(fields):
+    """The template that counts without a TEMPLATE, and the token that ends answers there."""
+    found = _metadata(fields.get("from", [""])[-1]) if "template" not in fields else {}
+    return found.get("tokenizer.chat_template"), [found.get("tokenizer.ggml.eos_token_id")]
+
+
+def _training_prompt(tokenizer, number, talk, template=None):
+    options = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
     try:
-        return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(talk, **options)
     except Exception as error:  # a template may raise anything, on purpose too
         raise ValueError(
             f"conversations[{number}]: the tokenizer's own chat template refuses it ({error})"
@@ -177,20 +205,22 @@ def _tokens(tokenizer, expected, got, server):
             yield Difference(code, WHY[code], "server", index, str(ids), str(theirs))
 
 
-def _stops(tokenizer, modelfile):
-    stops, template = _fields(modelfile).get("stop", []), take_apart(tokenizer)
+def _stops(tokenizer, stops):
+    template = take_apart(tokenizer)
     # One token that surely ends an answer is enough: the first of ours.
-    if not set(stop_words(tokenizer, template)[:1]) & set(stops):
+    first = stop_words(tokenizer, template)[:1]
+    if not {*first, *map(tokenizer.convert_tokens_to_ids, first)} & {*stops}:
         yield Difference("missing_stop", WHY["missing_stop"], "ollama")
     for word in stops:
-        if word in template.opening:
+        if str(word) in template.opening:
             yield Difference("cutting_stop", f"{word!r}: {WHY['cutting_stop']}", "ollama")
 
 
 def _fields(modelfile: str) -> dict[str, list[str]]:
-    """The TEMPLATE, SYSTEM and stop texts of a Modelfile, as Ollama's parser reads them."""
+    """FROM, TEMPLATE, SYSTEM and stop texts of a Modelfile, as Ollama's parser reads them."""
     found: dict[str, list[str]] = {}
-    line = r'(?ims)^[ \t]*(license|template|system|parameter[ \t]+stop)[ \t]+("""(.*?)"""|[^\n]*)'
+    names = r"license|from|template|system|parameter[ \t]+stop"
+    line = rf'(?ims)^[ \t]*({names})[ \t]+("""(.*?)"""|[^\n]*)'
     for name, text, inside in re.findall(line, modelfile):
         text = text.strip()
         quoted = len(text) > 1 and text[0] == text[-1] == '"'
@@ -199,16 +229,20 @@ def _fields(modelfile: str) -> dict[str, list[str]]:
     return found
 
 
-def _render_in_go(modelfile: str, talks: list[list]) -> list[str]:
-    # Ollama hands a TEMPLATE the messages, the Modelfile's SYSTEM first where they begin with
-    # another role, and once more, in one text, all system messages.
+def _told(fields: dict[str, list[str]], talk: Messages) -> Messages:
+    """The messages as Ollama hands them on: SYSTEM first, where they begin with another role."""
+    if "system" in fields and talk[0]["role"] != "system":
+        return [{"role": "system", "content": fields["system"][-1]}, *talk]
+    return talk
+
+
+def _render_in_go(modelfile: str, talks: list[Messages]) -> list[str]:
+    # A TEMPLATE gets the messages, and once more, in one text, all system messages.
     fields = _fields(modelfile)
     if "template" not in fields:
-        raise ValueError("modelfile has no TEMPLATE to render")
+        raise ValueError("modelfile has no TEMPLATE to render, nor a GGUF file with one in FROM")
     jobs = []
-    for talk in talks:
-        if "system" in fields and talk[0]["role"] != "system":
-            talk = [{"role": "system", "content": fields["system"][-1]}, *talk]
+    for talk in (_told(fields, talk) for talk in talks):
         orders = [m.get("content") or "" for m in talk if m["role"] == "system"]
         jobs.append({"System": "\n\n".join(orders), "Messages": collate(talk)})
     done = subprocess.run(

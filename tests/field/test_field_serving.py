@@ -98,7 +98,7 @@ def converter(monkeypatch, folder, script):
     "llama.cpp#28756, llama.cpp#8734, llama.cpp#13678",
     "a program killed by an illegal instruction",
 )
-@pytest.mark.parametrize("program", ["quantize", "perplexity", "server"])
+@pytest.mark.parametrize("program", ["quantize", "imatrix", "server"])
 @pytest.mark.parametrize("signal", ["ILL", "KILL"])
 def test_child_that_a_signal_killed_names_the_signal(program, signal, trial, tmp_path, monkeypatch):
     source = gguf_file(tmp_path / "f16.gguf")
@@ -108,10 +108,10 @@ def test_child_that_a_signal_killed_names_the_signal(program, signal, trial, tmp
     with pytest.raises(RuntimeError, match=f"killed by SIG{signal}: "):
         if program == "quantize":
             gguf.quantize(source, tmp_path / "out.gguf", "Q8_0")
-        elif program == "perplexity":
-            gguf.fidelity(source, {"same": source}, "Once. " * 200)
+        elif program == "imatrix":
+            gguf.imatrix(source, tmp_path / "out.gguf", "Once. " * 200)
         else:
-            serving.LlamaServer(source).__enter__()
+            gguf.fidelity(source, {"same": source}, "Once. " * 200)
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -167,20 +167,20 @@ def test_child_that_was_killed_leaves_nothing(folder, tmp_path, monkeypatch):
 @pytest.mark.field("own", "a program that ends well and has computed nothing")
 def test_child_of_the_trial_must_compute(tmp_path):
     mute = programs(tmp_path / "mute", computes="true")
-    assert "did not compute on a tiny file" in str(_trial.run(mute / "llama-perplexity"))
+    assert "did not compute on a tiny file" in str(_trial.run(mute / "llama-imatrix"))
     wrong = programs(tmp_path / "wrong", computes="echo 'Final estimate: PPL = 312.7'")
-    assert "PPL = 312.7" in str(_trial.run(wrong / "llama-perplexity"))
+    assert "PPL = 312.7" in str(_trial.run(wrong / "llama-imatrix"))
     good = programs(tmp_path / "good")
-    assert str(_trial.run(good / "llama-perplexity")) == ""
+    assert str(_trial.run(good / "llama-imatrix")) == ""
 
 
 @SHELL
 @pytest.mark.field("own", "a measurement that ends well and says something else")
-def test_child_without_figures_is_no_short_text(trial, tmp_path, monkeypatch):
-    mute = programs(tmp_path / "bin", perplexity="echo the disk is full")
+def test_child_without_a_matrix_is_no_short_text(trial, tmp_path, monkeypatch):
+    mute = programs(tmp_path / "bin", imatrix="echo the disk is full")
     monkeypatch.setenv(llamacpp.VARIABLE, str(mute))
     with pytest.raises(ValueError, match="the disk is full"):
-        gguf.fidelity(trial, {"same": trial}, "Once. " * 200)
+        gguf.imatrix(trial, tmp_path / "im.gguf", "Once. " * 200)
 
 
 @SHELL
@@ -193,16 +193,6 @@ def test_child_that_lost_its_last_words_is_run_again(tmp_path):
     done = _programs.run_until("PPL", [tmp_path / "mumbles"], cwd=tmp_path)
     assert done.stdout == "PPL = 259.0\n"
     assert (tmp_path / "count").read_text().count("x") == 3
-
-
-@SHELL
-@pytest.mark.field("own", "a measurement killed after its last line but one")
-def test_child_that_died_after_its_figures_is_not_believed(trial, tmp_path, monkeypatch):
-    figures = "Final estimate: PPL = 8.0 Mean PPL(Q) : 8.0 Mean KLD: 0.1"
-    said = f"echo '{figures}'; case $* in *-f*) exit 0;; esac; kill -KILL $$"
-    monkeypatch.setenv(llamacpp.VARIABLE, str(programs(tmp_path / "bin", perplexity=said)))
-    with pytest.raises(RuntimeError, match="killed by SIGKILL"):
-        gguf.fidelity(trial, {"same": trial}, "Once. " * 200)
 
 
 @SHELL
@@ -251,6 +241,15 @@ def test_child_whose_figures_are_nan_is_read(trial, tmp_path):
     reader.data.flush()
     with pytest.raises(ValueError, match=r"nan\.gguf holds weights that are no numbers"):
         gguf.fidelity(broken, {"tiny": trial}, "Once upon a time. " * 20, context=32)
+
+
+@pytest.mark.field("own", "an importance matrix of another model, and a model in its place")
+def test_refused_importance_matrix(tmp_path):
+    source = gguf_file(tmp_path / "f16.gguf")
+    other = gguf_file(tmp_path / "other.gguf", "imatrix", "blk.0.attn_q.weight.in_sum2")
+    for wrong in (other, source):
+        with pytest.raises(ValueError, match=rf"{wrong.name}' was not measured on this model"):
+            gguf.quantize(source, tmp_path / "out.gguf", "Q4_0", imatrix=wrong)
 
 
 # ── folders that cannot become GGUF ──────────────────────────────────────────────────────
