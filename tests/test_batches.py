@@ -1,6 +1,7 @@
 """Padding, flattening and packing, looked at (helpers.chat.batches)."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,11 +45,18 @@ def rows():
     return made
 
 
-def layouts(max_length=64):
+@functools.cache
+def _layouts(max_length):
     return {
         s: batches.lay_out(rows(), tokenizer(), s, max_length=max_length)
         for s in batches.STRATEGIES
     }
+
+
+def layouts(max_length=64):
+    """Made once; each with a batch of its own, which a test may change."""
+    made = _layouts(max_length)
+    return {name: replace(layout, batch=dict(layout.batch)) for name, layout in made.items()}
 
 
 @pytest.mark.parametrize("strategy", batches.STRATEGIES)
@@ -69,7 +77,6 @@ def test_what_each_strategy_costs():
     found = {s: (tuple(x.samples.shape), x.lost, x.cut) for s, x in layouts().items()}
     assert found == {
         "padding (TRL)": ((5, 64), 26, 1),
-        "padding (transformers, mlm=False)": ((5, 64), 26, 1),
         "flattening (transformers)": ((1, 213), 0, 0),
         "padding-free (TRL)": ((1, 213), 0, 0),
         "packing: wrapped": ((4, 64), 0, 3),
@@ -80,22 +87,15 @@ def test_what_each_strategy_costs():
     assert layouts()["padding-free (TRL)"].padding == 0
 
 
-def test_the_transformers_collator_drops_our_labels():
-    """Why completion-only loss needs another collator: it trains every prompt."""
-    ours, theirs = (layouts()[f"padding ({name})"] for name in ("TRL", "transformers, mlm=False"))
-    real = ours.samples != batches.PADDING
-    assert (theirs.batch["labels"] == theirs.batch["input_ids"])[real].all()
-    assert (ours.batch["labels"] == -100)[real].any()
+def test_the_transformers_collator_stops_at_our_labels_or_replaces_them():
+    """Chapter 4, section 6: loud with different lengths, silent with equal ones."""
+    from transformers import DataCollatorForLanguageModeling
 
-
-def test_left_padding_is_traced_too():
-    import copy
-
-    left = copy.deepcopy(tokenizer())
-    left.padding_side = "left"
-    layout = batches.lay_out(rows(), left, "padding (transformers, mlm=False)")
-    assert layout.samples[0].tolist() == [batches.PADDING] * 44 + [0] * 20
-    assert layout.batch["attention_mask"][0].tolist() == [0] * 44 + [1] * 20
+    theirs = DataCollatorForLanguageModeling(tokenizer(), mlm=False)
+    with pytest.raises(ValueError, match="Unable to create tensor"):
+        theirs([dict(row) for row in rows()[:2]])
+    batch = theirs([dict(rows()[0]), dict(rows()[0])])
+    assert -100 in rows()[0]["labels"] and torch.equal(batch["labels"], batch["input_ids"])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -106,6 +106,27 @@ def test_only_wrapped_packing_lets_samples_see_each_other(attention):
             assert change > 1e-2
         else:
             assert change < 1e-5, strategy
+
+
+@pytest.mark.parametrize(
+    ("kind", "safe"),
+    [(kind, False) for kind in ("opt", "falcon", "mpt", "bloom")]
+    + [(kind, True) for kind in ("phi3", "llama", "qwen2", "qwen3", "mistral", "gemma")]
+    + [(kind, True) for kind in ("gemma3_text", "gpt2", "gpt_neox")],
+)
+def test_which_architectures_look_for_restarts(kind, safe):
+    """Chapter 4's table. A change here is news for readers: change the chapter's words too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 200, "hidden_size": 16, "intermediate_size": 32, "ffn_dim": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"word_embed_proj_dim": 16, "max_position_embeddings": 256, "pad_token_id": 16}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes, bos_token_id=1, eos_token_id=2)
+    asked, made = AutoModelForCausalLM.from_config(config), layouts()
+    assert batches.leak(asked, made["padding (TRL)"]) < 1e-6
+    assert batches.leak(asked, made["packing: wrapped"]) > 1e-4
+    assert (batches.leak(asked, made["packing: bfd"]) < 1e-6) == safe
 
 
 @pytest.mark.parametrize("strategy", ["flattening (transformers)", "packing: bfd"])
@@ -133,10 +154,18 @@ def test_the_table_and_the_picture():
 
     table = batches.compare(rows(), tokenizer(), model=model())
     assert list(table.index) == list(batches.STRATEGIES)
-    assert table["crosses samples"].tolist() == ["no"] * 4 + ["yes", "no", "no"]
+    assert table["crosses samples"].tolist() == ["no"] * 3 + ["yes", "no", "no"]
     assert table.loc["packing: wrapped", "boundaries in"] == "nowhere"
     assert "crosses samples" not in batches.compare(rows(), tokenizer())
-    assert isinstance(batches.plot(list(layouts().values())), Figure)
+    fig = batches.plot([*layouts().values(), layouts()["packing: bfd"]])
+    assert isinstance(fig, Figure)
+    free = fig.axes[list(layouts()).index("padding-free (TRL)")]
+    assert [text.get_text() for text in free.texts] == list("01234")
+    image = free.images[0]
+    assert image.get_interpolation() == "nearest", "or neighboring rows run into each other"
+    assert image.cmap.N > 9, "nine samples in nine colors"
+    shown = free.get_xlim()[1] - free.get_xlim()[0]
+    assert shown == sum(LENGTHS), "a narrower picture below would cut the long rows off"
 
 
 def test_wrong_input_says_what_to_do():

@@ -2,6 +2,7 @@
 
 import copy
 
+import nbformat
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +10,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForC
 from trl import SFTConfig, SFTTrainer
 
 from helpers import chat, generation
+from helpers.course import notebooks
 
 SENTENCES = [
     ("Glue the sheet.", "The sheet, glue."),
@@ -30,7 +32,7 @@ def original(tokenizer):
     return tokenizer
 
 
-def make(tmp_path, rows, tokenizer, collator=None, **choices):
+def make(tmp_path, rows, tokenizer, collator=None, formatting_func=None, **choices):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -62,6 +64,7 @@ def make(tmp_path, rows, tokenizer, collator=None, **choices):
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         data_collator=collator,
+        formatting_func=formatting_func,
     )
 
 
@@ -92,14 +95,53 @@ def test_assistant_only_loss_trains_the_answers_and_their_ends(tmp_path, origina
     assert chat.trainer_mask_view(trainer).problems == []
 
 
-@pytest.mark.slow
-def test_a_model_trained_so_stops_by_itself(tmp_path, original):
+TALK = [
+    {"role": "user", "content": "Feed the dog."},
+    {"role": "assistant", "content": "The dog, feed.", "reasoning_content": "Object first."},
+    {"role": "user", "content": "Open the gate."},
+    {"role": "assistant", "content": "The gate, open.", "reasoning_content": "Again."},
+]
+
+
+def learned(tmp_path, tokenizer, row, **choices):
+    view = chat.trainer_mask_view(make(tmp_path, [row], tokenizer, **choices))
+    return view.learned[0], [problem.code for problem in view.problems]
+
+
+def test_the_thinking_templates_of_chapter_4(tmp_path, original):
+    """What the chapter says of them, on its own templates: thoughts lost, kept, switched off."""
+    cells = nbformat.read(notebooks.root() / "Chapter4.ipynb", as_version=4).cells
+    made = {"tokenizer": chat.prepare_tokenizer(original), "copy": copy, "chat": chat}
+    exec(next(c.source for c in cells if c.source.startswith("THINKING = ")), made)
+    thinker, all_turns = made["thinker"], {"assistant_only_loss": True}
+
+    def thought(text, answer):
+        return f"<think>\n{text}\n</think>\n{answer}<|im_end|>"
+
+    second = thought("Again.", "The gate, open.")
+    thinker.chat_template = made["THINKING"]
+    lost = learned(tmp_path, thinker, {"messages": TALK}, **all_turns)
+    assert lost == (["The dog, feed.<|im_end|>", second], ["message_lost"])
+    last, _ = learned(tmp_path, thinker, {"prompt": TALK[:3], "completion": TALK[3:]})
+    assert last == [second + "\n"]
+    thinker.chat_template = made["KEEPING"]
+    kept = learned(tmp_path, thinker, {"messages": TALK}, **all_turns)
+    assert kept == ([thought("Object first.", "The dog, feed."), second], [])
+    off = {"prompt": TALK[:1], "completion": [{"role": "assistant", "content": "The dog, feed."}]}
+    assert learned(tmp_path, thinker, off)[0] == [thought("", "The dog, feed.") + "\n"]
+    off["chat_template_kwargs"] = {"enable_thinking": False}
+    assert learned(tmp_path, thinker, off) == (["The dog, feed.<|im_end|>\n"], [])
+
+
+def test_a_formatting_function_beside_prompts_is_ignored(tmp_path, original):
+    """Chapter 4, case 16: fails, or is ignored, and the EOS is lost with its text."""
     tokenizer = chat.prepare_tokenizer(original)
-    trainer = make(tmp_path, CHATS, tokenizer, assistant_only_loss=True, **FIT)
-    trainer.train()
-    answer = ask(trainer)
-    assert answer.endswith("<|im_end|>")
-    assert answer.count("<|im_end|>") == 1
+    row = {"prompt": "Feed the dog.", "completion": "The dog, feed."}
+    choices = {"formatting_func": lambda row: f"### {row['prompt']} {row['completion']}"}
+    with pytest.raises(ValueError, match="A formatting function was provided"):
+        learned(tmp_path, tokenizer, row, **choices)
+    found = learned(tmp_path, tokenizer, row, completion_only_loss=False, **choices)
+    assert found == (["Feed the dog.The dog, feed."], ["eos_not_trained"])
 
 
 @pytest.mark.slow
