@@ -128,7 +128,7 @@ def test_a_failing_converter_is_quoted_and_leaves_nothing(folder, tmp_path):
 def test_an_adapter_becomes_a_small_file(folder, tmp_path):
     saved = adapter(tmp_path / "adapter")
     found = gguf.inspect(gguf.convert_adapter(saved, folder, tmp_path / "adapter.gguf"))
-    assert found.metadata["general.type"] == "adapter"
+    assert found.metadata["general.type"] == "adapter" and found.kind == "F16"
     assert found.metadata["adapter.lora.alpha"] == 8
     assert sorted(found.tensors.index) == [
         f"blk.0.{layer}.weight.lora_{side}" for layer in ("attn_q", "ffn_down") for side in "ab"

@@ -127,7 +127,10 @@ def test_a_file_with_another_template_or_end_is_caught(tmp_path):
     made = tokenizer("chatml")
     end = made.convert_tokens_to_ids("<|im_end|>")
     other = carrier(tmp_path / "b.gguf", tokenizer("phi-3").chat_template, end)
-    assert "TEMPLATE" in serving.ollama_modelfile(made, other), "it carries another one"
+    text = serving.ollama_modelfile(made, other)
+    assert "TEMPLATE" in text, "it carries another one"
+    report = serving.template_parity(made, TALKS[:2], modelfile=text)
+    assert not report.differences, "and a TEMPLATE comes before that"
     report = serving.template_parity(made, TALKS[:2], modelfile=f"FROM {other}\n")
     assert report.codes == {"different_text"}
     deaf = carrier(tmp_path / "c.gguf", made.chat_template, end + 1)

@@ -51,13 +51,12 @@ def fidelity(
 
     Returns:
         One row each, the original's first: MB (1e6 bytes), bits per weight, perplexity
-        (exponential of the mean loss per token; lower is better) with its 95 % interval, the
-        loss added to the original's in nats per token (paired, with its 95 % interval), and
-        mean KL (mean Kullback-Leibler divergence of the next-token distribution from the
-        original's, in nats; 0 is the same model). The KL compares the tokens that are among
-        the 256 likeliest of both one by one, and all others as one: a lower bound. `.attrs` is
-        what the intervals are made of: "losses" {name: mean loss of each row}, "tokens" (how
-        many of a row's last ones are scored) and "ids" (all of a row's).
+        (exponential of the mean loss per token) with its 95 % interval, the loss added to the
+        original's (nats per token; paired, with its 95 % interval), and mean KL (Kullback-Leibler
+        divergence of the next-token distribution from the original's, in nats; a lower bound:
+        the tokens that are not among the 256 likeliest of both count as one). `.attrs` has
+        "losses" {name: mean loss of each row}, "tokens" (how many of a row's last ones are
+        scored) and "ids" (all of a row's).
 
     Raises:
         ValueError: for damaged files, one without a template or with another vocabulary, rows

@@ -106,8 +106,10 @@ def inspect(path: str | Path) -> GGUFFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 metadata, rows = _head(data)
             tensors = pd.DataFrame(rows).set_index("name")
-            number = metadata.get("general.file_type", 1024)
-            kind = KINDS.get(number) or gguf.LlamaFileType(number).name
+            if (number := metadata.get("general.file_type")) is None:  # an adapter, an imatrix
+                kind = tensors["type"].mode()[0]
+            else:
+                kind = KINDS.get(number) or gguf.LlamaFileType(number).name
         except (ValueError, LookupError, ArithmeticError, TypeError, struct.error) as error:
             raise ValueError(
                 f"path={str(path)!r} is cut short or damaged ({path.stat().st_size:,} bytes; "

@@ -3,13 +3,6 @@
 llama.cpp's own converters and programs do the work (`llamacpp` finds or builds them). What
 is added here: files that appear whole or not at all, errors that say what to do, and the
 checks whose absence makes a wrong model silently.
-
-Example:
-    >>> f16 = convert_model("merged", "model-f16.gguf")  # doctest: +SKIP
-    >>> q8 = quantize(f16, "model-Q8_0.gguf", "Q8_0")  # doctest: +SKIP
-    >>> inspect(q8).bits_per_weight  # doctest: +SKIP
-    8.5
-    >>> fidelity(f16, {"Q8_0": q8}, test)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -143,8 +136,7 @@ def imatrix(
 ) -> Path:
     """Measure which weights matter most on your data: an importance matrix for `quantize`.
 
-    For each input of each matrix llama-imatrix takes the mean of its square: the rounding of a
-    weight costs as much as what it is multiplied with.
+    For each input of each matrix llama-imatrix takes the mean of its square.
 
     Args:
         source: the float GGUF file.
@@ -219,8 +211,7 @@ def quantize(
         guide = ["--imatrix", imatrix]
     command = [llamacpp.binary("llama-quantize"), *guide, source, out, kind]
     said = _write("llama-quantize", command, out, overwrite)
-    fell = [line for line in said.splitlines() if re.search("falling back|using fallback", line)]
-    if fell:
+    if fell := [x for x in said.splitlines() if re.search("falling back|using fallback", x)]:
         one = " ".join(fell[0].split()).removeprefix("warning: ")
         print(f"{kind}: {len(fell)} of {len(found.tensors)} tensors fell back, such as {one}")
     return Path(out)

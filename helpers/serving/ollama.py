@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.serving import _rest
 from helpers.serving._anatomy import GoTemplate, parse_template, quoted, stop_words, take_apart
 from helpers.serving._rest import Messages
-from helpers.serving.parity import carried_template
+from helpers.serving.parity import carried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,17 +67,13 @@ def ollama_modelfile(
         lines.append("# Ollama refuses ADAPTER since 0.34.1 (ollama/ollama#14969): merge instead.")
         lines.append(f"ADAPTER {_one_line('adapter', adapter)}")
     settings = []
-    if carried_template(source) == tokenizer.chat_template is not None:
+    if carried(source)[0] == tokenizer.chat_template is not None:
         template = take_apart(tokenizer)
     else:
         template = parse_template(tokenizer)
-        kind = (
-            "system messages after the first" if template.system is not None else "system messages"
-        )
         lines.append(f'TEMPLATE """{template.text()}"""')
-        lines.append(
-            f"# Ollama drops what TEMPLATE does not say: tool calls, tool messages, {kind}."
-        )
+        lost = "tool messages, system messages" + " after the first" * (template.system is not None)
+        lines.append(f"# Ollama drops what TEMPLATE does not say: tool calls, {lost}.")
         if template.default:
             lines.append(f'SYSTEM """{template.default}"""')
         settings = [("stop", quoted("stop", word)) for word in stop_words(tokenizer, template)]

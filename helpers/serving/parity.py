@@ -135,13 +135,13 @@ def template_parity(
         found += _tokens(tokenizer, expected, got, server)
     if modelfile is not None:
         fields = _fields(modelfile)
-        carried, ending = _inside(fields)
+        template, end = carried("" if "template" in fields else fields.get("from", [""])[-1])
         compared.append("stop words of the Modelfile")
-        found += _stops(tokenizer, [*fields.get("stop", []), *ending])
-        if carried:
+        found += _stops(tokenizer, fields.get("stop", []), end)
+        if template:
             compared.append("the template inside its GGUF file")
             told = enumerate(_told(fields, talk) for talk in talks)
-            got = [_training_prompt(tokenizer, *each, carried) for each in told]
+            got = [_training_prompt(tokenizer, *each, template) for each in told]
             found += _texts("ollama", tokenizer, expected, got)
         elif shutil.which("go"):
             compared.append("its TEMPLATE in Go")
@@ -152,20 +152,11 @@ def template_parity(
     return Parity(len(talks), tuple(compared), skipped, tuple(found))
 
 
-def carried_template(source: object) -> str | None:
-    """The chat template inside the GGUF file at `source`; None without such a file, or in it."""
-    return _metadata(source).get("tokenizer.chat_template")
-
-
-def _metadata(source):
+def carried(source: object) -> tuple[str | None, int | None]:
+    """The chat template and the end token inside the GGUF file at `source`, where there are any."""
     path = Path(str(source))
-    return inspect(path).metadata if path.suffix == ".gguf" and path.is_file() else {}
-
-
-def _inside(fields):
-    """The template that counts without a TEMPLATE, and the token that ends answers there."""
-    found = _metadata(fields.get("from", [""])[-1]) if "template" not in fields else {}
-    return found.get("tokenizer.chat_template"), [found.get("tokenizer.ggml.eos_token_id")]
+    found = inspect(path).metadata if path.suffix == ".gguf" and path.is_file() else {}
+    return found.get("tokenizer.chat_template"), found.get("tokenizer.ggml.eos_token_id")
 
 
 def _training_prompt(tokenizer, number, talk, template=None):
@@ -173,9 +164,8 @@ def _training_prompt(tokenizer, number, talk, template=None):
     try:
         return tokenizer.apply_chat_template(talk, **options)
     except Exception as error:  # a template may raise anything, on purpose too
-        raise ValueError(
-            f"conversations[{number}]: the tokenizer's own chat template refuses it ({error})"
-        ) from error
+        why = f"conversations[{number}]: the tokenizer's own chat template refuses it ({error})"
+        raise ValueError(why) from error
 
 
 def _texts(where, tokenizer, expected, got):
@@ -205,14 +195,14 @@ def _tokens(tokenizer, expected, got, server):
             yield Difference(code, WHY[code], "server", index, str(ids), str(theirs))
 
 
-def _stops(tokenizer, stops):
+def _stops(tokenizer, stops, end):
     template = take_apart(tokenizer)
     # One token that surely ends an answer is enough: the first of ours.
     first = stop_words(tokenizer, template)[:1]
-    if not {*first, *map(tokenizer.convert_tokens_to_ids, first)} & {*stops}:
+    if not {*first, *map(tokenizer.convert_tokens_to_ids, first)} & {*stops, end}:
         yield Difference("missing_stop", WHY["missing_stop"], "ollama")
     for word in stops:
-        if str(word) in template.opening:
+        if word in template.opening:
             yield Difference("cutting_stop", f"{word!r}: {WHY['cutting_stop']}", "ollama")
 
 

@@ -218,12 +218,10 @@ class LlamaServer:
         """
         if not isinstance(prompt, str) and any(isinstance(part, str) for part in prompt):
             raise TypeError("prompt must be one text or its token ids: ask several in turn")
-        payload: dict[str, Any] = {
-            "prompt": prompt,
-            "n_predict": whole_number("max_tokens", max_tokens),
-        }
-        payload["stop"] = [stop] if isinstance(stop, str) else list(stop)
-        answer = self.post("/completion", GREEDY | payload | options)
+        asked: dict[str, Any] = GREEDY | {"prompt": prompt}
+        asked["n_predict"] = whole_number("max_tokens", max_tokens)
+        asked["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        answer = self.post("/completion", asked | options)
         return _whole_characters(answer["content"], answer.get("stop_type") == "limit")
 
     def chat(self, messages: Messages, *, max_tokens: int = 64, **options: Any) -> str:
@@ -241,9 +239,8 @@ class LlamaServer:
         payload = {"messages": list(messages), "max_tokens": whole_number("max_tokens", max_tokens)}
         asked = GREEDY | {"reasoning_format": "none"} | payload | options
         choice = self.post("/v1/chat/completions", asked)["choices"][0]
-        return _whole_characters(
-            _rest.words(choice["message"]), choice["finish_reason"] == "length"
-        )
+        said, cut = _rest.words(choice["message"]), choice["finish_reason"] == "length"
+        return _whole_characters(said, cut)
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text.

@@ -102,7 +102,10 @@ class LiveLoss(TrainerCallback):
             if name in table:
                 points = table[name].dropna()
                 ax.plot(points, color=plots.COLORS[color], marker=marker, label=name)
-        ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
-        ax.set_title("Training loss")
+        ax.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        ax.set_yscale("log", subs=(2, 3, 5))
+        ax.yaxis.set_major_formatter("{x:g}")  # no powers of ten, however short the axis
+        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.set_title("Loss while training")
         ax.legend()
         return fig

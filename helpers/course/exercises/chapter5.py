@@ -1,85 +1,154 @@
-"""Chapter 5: what training takes, one AdamW step by hand, bad runs, tiles, rounding."""
+"""Chapter 5: what training takes, curves to read, runs to plan and mend, AdamW, tiles."""
 
 import contextlib
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from helpers.course.exercises import Exercise, Wrong, near, one_number
 
 
 # ── 5.1 ──────────────────────────────────────────────────────────────────────────────────
-def _check_full(answer):
+def _check_lora(answer):
     number = one_number(answer)
-    if near(number, 17.6):
-        return "Four numbers of four bytes for every parameter, before a single activation."
-    if near(number, 17.6e9 / 2**30):
-        raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if near(number, 13.2):
-        raise Wrong("Three numbers per parameter. AdamW keeps two states, not one.")
-    if near(number, 8.8):
-        raise Wrong("Right in 16 bits; here everything is in float32, four bytes.")
-    if near(number, 4.4):
-        raise Wrong("Those are the weights alone.")
-    raise Wrong("Count the numbers kept per parameter: weight, gradient, AdamW's states.")
+    if near(number, 2.36):
+        return "The frozen weights are now nearly all of it: hence quantization."
+    faults = {
+        2.24: "The trained parameters want a gradient and two states as well.",
+        2.32: "You left one of the four out: weight, gradient, two states.",
+        2.28: "The adapter is in float32: four bytes for each of its four numbers.",
+        4.56: "The frozen base is in bfloat16: two bytes a weight.",
+        8.96: "Frozen weights have neither gradients nor states.",
+        2.36e9 / 2**30: "That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.",
+    }
+    told = [why for wrong, why in faults.items() if near(number, wrong)]
+    raise Wrong(*told or ["1.1e9 weights of two bytes, and 10e6 parameters of four numbers each."])
 
 
 # ── 5.2 ──────────────────────────────────────────────────────────────────────────────────
-def _check_lora(answer):
-    number = one_number(answer)
-    if near(number, 1.1 * 2 + 0.01 * 16):
-        return "The frozen weights are now nearly all of it: hence quantization."
-    if near(number, 1.1 * 2 + 0.01 * 4):
-        raise Wrong("The trained parameters want a gradient and two states as well.")
-    if near(number, 1.1 * 2 + 0.01 * 12):
-        raise Wrong("You left one of the four out: weight, gradient, two states.")
-    if near(number, 1.1 * 2 + 0.01 * 8):
-        raise Wrong("The adapter is in float32: four bytes for each of its four numbers.")
-    if near(number, 1.1 * 4 + 0.01 * 16):
-        raise Wrong("The frozen base is in bfloat16: two bytes a weight.")
-    if near(number, 1.1 * 8 + 0.01 * 16):
-        raise Wrong("Frozen weights have neither gradients nor states.")
-    raise Wrong("1.1e9 weights of two bytes, and 10e6 parameters of four numbers each.")
+def _micro_batches():
+    """Three of them: each token's loss, and its label; rows of unequal lengths."""
+    import torch
+
+    draw, made = torch.Generator().manual_seed(52), []
+    for trained in ((9, 7), (2, 1), (4, 6)):
+        labels = torch.full((2, 12), -100)
+        for row, count in enumerate(trained):
+            labels[row, 11 - count : 11] = 7  # behind it is padding
+        made.append((3 * torch.rand(2, 12, generator=draw), labels))
+    return made
+
+
+def _check_update(answer):
+    if not callable(answer):
+        raise Wrong("Answer with a function of a list of (losses, labels).")
+    given = _micro_batches()
+    mine = one_number(answer([(a.clone(), b.clone()) for a, b in given]))
+    trained = [losses[labels != -100] for losses, labels in given]
+    total, count = float(sum(part.sum() for part in trained)), sum(map(len, trained))
+    if near(mine, total / count):
+        return "Each trained token counts the same, as if all had been in one batch."
+    faults = {
+        float(sum(part.mean() for part in trained)) / 3: "It averages three means: a token of the "
+        "short micro-batch counts most.",
+        float(sum(losses.mean() for losses, _ in given)) / 3: "Prompt and padding still count: "
+        "their label is -100.",
+        total / 72: "The sum is right; you divide by all tokens, not by the trained ones.",
+        **dict.fromkeys((total, total / 3, total / 6), "Right sum: over how many trained tokens?"),
+    }
+    told = [why for wrong, why in faults.items() if near(mine, wrong)]
+    raise Wrong(*told or ["Sum the losses of all trained tokens of the update, and divide once."])
 
 
 # ── 5.3 ──────────────────────────────────────────────────────────────────────────────────
-def _check_scores(answer):
-    number, right = one_number(answer), 2 * 16 * 4096**2 * 2 / 1e9
-    if near(number, right):
-        return "And that of one layer, once. Flash attention never writes it down."
-    if near(number, right * 1e9 / 2**30):
-        raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if near(number, right / 2):
-        raise Wrong("A factor of two is missing: two rows in the batch, two bytes a score.")
-    if near(number, right / 16):
-        raise Wrong("Every head has a matrix of its own.")
-    if number < right / 1000:
-        raise Wrong("The matrix is square: every position scores every position.")
-    raise Wrong("batch × heads × sequence × sequence scores, two bytes each.")
+def _curve(rate, rows=0, broken=-1):
+    """Losses of a linear model that learns 40 weights from noisy rows, in 30 logs."""
+    import torch
+
+    draw = torch.Generator().manual_seed(53)
+    truth, w = torch.randn(40, generator=draw), torch.zeros(40)
+
+    def sample(count):
+        x = torch.randn(count, 40, generator=draw)
+        return x, x @ truth + 4 * torch.randn(count, generator=draw)
+
+    exam, kept, curve = sample(2000), sample(rows or 1), []
+    for step in range(120):
+        x, y = kept if rows else sample(256)
+        off = x @ w - (y if step != broken else 2 * y[torch.randperm(256, generator=draw)])
+        if step % 4 == 0:
+            held_out = (exam[0] @ w - exam[1]).square().mean()
+            curve.append((off.square().mean().item(), held_out.item()))
+        w = w - rate * 2 * x.T @ off / len(x)
+    return {name: [both[i] for both in curve] for i, name in enumerate(("training", "held-out"))}
+
+
+CURVES = {
+    "more rows, or fewer epochs": "its training loss goes on falling. And the other one?",
+    "a higher learning rate": "both curves are nearly straight, and they are going the right way.",
+    "read the rows of one batch": "it recovers by itself. What was different in that one update?",
+    "a lower learning rate": "which way do both losses go, and how soon?",
+}
+REMEDIES = dict(zip("ABCD", CURVES, strict=True))
+
+
+@functools.cache
+def _curves():
+    runs = {"A": _curve(0.05, rows=48), "B": _curve(5e-4), "C": _curve(0.1, broken=80)}
+    offered = [*sorted(REMEDIES.values()), "a larger rank", "a mask for the prompt"]
+    return {"runs": runs | {"D": _curve(0.95)}, "remedies": offered}
+
+
+def _check_curves(answer):
+    if not isinstance(answer, Mapping) or set(answer) != set(REMEDIES):
+        raise Wrong('Answer with a dict: {"A": one of the remedies, "B": ..., "C": ..., "D": ...}.')
+    for run, said in answer.items():
+        if said not in _curves()["remedies"]:
+            raise Wrong(f"{said!r} is none of the remedies.")
+        if said != REMEDIES[run]:
+            raise Wrong(f"{run}: {CURVES[REMEDIES[run]]}")
+    return "Two of them have a wrong step size, two have the wrong rows."
 
 
 # ── 5.4 ──────────────────────────────────────────────────────────────────────────────────
-def _check_accumulation(answer):
-    number = one_number(answer)
-    if number == 8:
-        return "4 rows × 2 GPUs × 8 times = 64 rows for one update."
-    if number == 16:
-        raise Wrong("That is for one GPU. Both work on the same update.")
-    if number == 64:
-        raise Wrong("That many steps would make an effective batch of 512.")
-    raise Wrong("rows per GPU × GPUs × accumulation = effective batch.")
+def _check_plan(answer):
+    from peft import LoraConfig
+
+    from helpers import memory
+
+    if not isinstance(answer, Mapping):
+        raise Wrong("Answer with a dict of keywords of memory.estimate_training.")
+    run: dict[str, Any] = {**answer, "gpu": "RTX 4090"}
+    run.pop("model", None)
+    times = run.pop("gradient_accumulation_steps", 1)
+    batch, lora = run.get("batch_size", 1), run.get("lora")
+    if not all(isinstance(n, int) and n > 0 for n in (times, batch)) or times * batch != 32:
+        raise Wrong(f"{batch} rows at once, {times} times, are not 32 rows for each update.")
+    if batch < 8 or run.setdefault("sequence_length", 2048) != 2048:
+        raise Wrong("At least 8 rows of 2,048 tokens at once were asked for.")
+    if lora is None:
+        raise Wrong("Without `lora` it is a full fine-tuning: gradients and states for all of it.")
+    if not isinstance(lora, LoraConfig):
+        run["lora"] = LoraConfig(r=int(one_number(lora)), target_modules="all-linear")
+    elif lora.target_modules != "all-linear":
+        raise Wrong('All linear layers were asked for: target_modules="all-linear".')
+    if run["lora"].r < 16:
+        raise Wrong(f"A rank of 16 was asked for, not {run['lora'].r}.")
+    run["gradient_accumulation"] = times > 1
+    try:
+        found = memory.estimate_training("Llama-3.1-8B", **run)
+        fits = found.fits("RTX 4090")
+    except (TypeError, ValueError) as error:
+        raise Wrong(f"The planner refuses it: {error}") from None
+    peak = found.peak_bytes / 2**30
+    if fits:
+        return f"The planner says {peak:.1f} GiB at the peak, and room for the margin."
+    most = max(found.parts, key=lambda part: found.parts[part])
+    raise Wrong(f"{peak:.1f} GiB do not fit beside the margin. The largest part: {most}.")
 
 
 # ── 5.5 ──────────────────────────────────────────────────────────────────────────────────
-def _check_weighted(answer):
-    number = one_number(answer)
-    if near(number, 1.75):
-        return "Each token counts the same, as if all had been in one batch."
-    if near(number, 1.5):
-        raise Wrong("That is the mean of the means: each of the ten would count threefold.")
-    if near(number, 70):
-        raise Wrong("That is the sum; divide by the number of trained tokens.")
-    raise Wrong("Make sums of the means first, and divide the whole by all tokens.")
-
-
-# ── 5.6 ──────────────────────────────────────────────────────────────────────────────────
 def _adamw(w, g, m, v, t, lr, *, corrected=True, eps=1e-8):
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
     m_hat, v_hat = (m / (1 - 0.9**t), v / (1 - 0.999**t)) if corrected else (m, v)
@@ -112,8 +181,7 @@ def _check_adamw(answer):
             continue
         if torch.allclose(made[0], uncorrected[0], atol=1e-6) and close[1] and close[2]:
             raise Wrong(
-                f"Step {t} lacks the correction of the start: m and v began at zero and "
-                "are too small at first. Divide by 1 - beta ** t."
+                f"Step {t}: m and v began at zero and are too small. Divide by 1 - beta ** t."
             )
         if torch.allclose(made[0], plus[0], atol=1e-6):
             raise Wrong("You walk uphill: the step is subtracted.")
@@ -122,51 +190,32 @@ def _check_adamw(answer):
         if close[1] and close[2]:
             raise Wrong("m and v are right. The step is lr · m̂ / (√v̂ + 1e-8).")
         raise Wrong("m is 0.9 · m + 0.1 · g, and v is 0.999 · v + 0.001 · g².")
-    return (
-        "At t = 1 the step is lr times the sign of g: AdamW walks about lr per update, "
-        "however large the gradient. Hence the tiny |B| above."
-    )
+    return "At t = 1 the step is lr, however large g is. Hence the short walk of section 2."
 
 
-# ── 5.7 ──────────────────────────────────────────────────────────────────────────────────
+# ── 5.6 ──────────────────────────────────────────────────────────────────────────────────
 def _bad_runs():
-    return [
-        {
-            "what happens": "the loss hardly moves in 200 updates",
-            "adapter": "LoRA, r = 16, all linear layers",
-            "learning_rate": 2e-5,
-            "per_device_train_batch_size": 8,
-            "max_length": 512,
-            "longest row": "310 tokens",
+    usual = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_length": 512}
+    told: dict[str, dict[str, Any]] = {
+        "the loss has hardly moved after 20 updates": {"packing": False, "learning_rate": 2e-5},
+        "a step takes six times as long as on a friend's RTX 3060": {"card": "T4", "bf16": True},
+        "fine on short questions; long answers break off, or never end": {
+            "longest row": "900 tokens"
         },
-        {
-            "what happens": "one step takes six times as long as on a friend's RTX 3060",
-            "card": "T4",
-            "bf16": True,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 8,
-            "max_length": 512,
-        },
-        {
-            "what happens": "fine on short questions; long answers break off, or never end",
-            "learning_rate": 1e-3,
-            "max_length": 256,
-            "longest row": "900 tokens",
-            "activation_checkpointing": True,
-            "packing": False,
-        },
-        {
-            "what happens": "out of memory in the first forward pass, 7B in NF4 on 24 GB",
-            "learning_rate": 2e-4,
-            "per_device_train_batch_size": 4,
-            "max_length": 2048,
+        "out of memory in the first forward pass, 7B in NF4 on 24 GB": {
             "activation_checkpointing": False,
             "optim": "paged_adamw_8bit",
         },
-    ]
+    }
+    return [{"what happens": what, **usual, **run} for what, run in told.items()]
 
 
-FAULTS = ["learning_rate", "bf16", "max_length", "activation_checkpointing"]
+FAULTS = {
+    "learning_rate": "What is trained there, and how far does AdamW walk in 20 updates?",
+    "bf16": "Which number format does that card only emulate?",
+    "max_length": "What is in the last tokens of a long row, and is it there after the cut?",
+    "activation_checkpointing": "What does forward keep for backward? What would give it back?",
+}
 
 
 def _check_faults(answer):
@@ -175,19 +224,13 @@ def _check_faults(answer):
     for number, (name, run) in enumerate(zip(answer, _bad_runs(), strict=True), 1):
         if name not in run:
             raise Wrong(f"Run {number} has no setting {name!r}.")
-    hints = (
-        "What is trained there, and how far does AdamW walk in 200 updates?",
-        "Which number format does that card only emulate?",
-        "What is in the last tokens of a long row, and is it still there after the cut?",
-        "What does forward keep for backward, and what would give it back?",
-    )
-    for number, (name, right) in enumerate(zip(answer, FAULTS, strict=True)):
+    for number, (name, right) in enumerate(zip(answer, FAULTS, strict=True), 1):
         if name != right:
-            raise Wrong(f"Run {number + 1}: {hints[number]}")
-    return "Four silent ones. None of them but the last raises an error."
+            raise Wrong(f"Run {number}: {FAULTS[right]}")
+    return "Three of them are silent: only the last one raises an error."
 
 
-# ── 5.8 ──────────────────────────────────────────────────────────────────────────────────
+# ── 5.7 ──────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
 def _sizes_made():
     """How many numbers each tensor has that is made inside the block, as a list."""
@@ -213,16 +256,10 @@ def _check_online(answer):
     draw = torch.Generator().manual_seed(58)
     joined = False
     for sizes, shift in (((3, 5, 2), 0.0), ((4, 1), 0.0), ((4, 4, 4), 200.0)):
-        tiles = [
-            # Each tile brings a larger maximum than the one before.
-            (
-                torch.randn(n, generator=draw) + shift * (i + 1),
-                torch.randn(n, generator=draw),
-            )
-            for i, n in enumerate(sizes)
-        ]
-        scores = torch.cat([s for s, _ in tiles])
-        values = torch.cat([v for _, v in tiles])
+        tiles = [torch.randn(2, n, generator=draw) for n in sizes]
+        for i, (tile, _) in enumerate(tiles, 1):
+            tile += shift * i  # each tile brings a larger maximum than the one before
+        scores, values = torch.cat(tiles, dim=1)
         right = (scores.softmax(0) * values).sum().item()
         alone = [(s.softmax(0) * v).sum().item() for s, v in tiles]
         given = [(s.clone(), v.clone()) for s, v in tiles]
@@ -252,64 +289,90 @@ def _check_online(answer):
     return "A running maximum, a running sum, a running output: that is flash attention."
 
 
-# ── 5.9 ──────────────────────────────────────────────────────────────────────────────────
-def _check_probability(answer):
-    number = one_number(answer)
-    if near(number, 0.25):
-        return "A quarter of the way up, so up once in four; to the nearest, it never moves."
-    if number == 0:
-        raise Wrong("That is what rounding to the nearest would do.")
-    if near(number, 25):
-        raise Wrong("A probability is between 0 and 1.")
-    if near(number, 0.75):
-        raise Wrong("That is how probable it is that it stays.")
-    raise Wrong("How far is 1 + the update on the way from 1.0 to its neighbour?")
+# ── 5.8 ──────────────────────────────────────────────────────────────────────────────────
+def _runs(seed, count):
+    """(true, measured) held-out losses at 40 evaluations: they fall, and then they rise."""
+    import random
+
+    draw, made = random.Random(seed), []
+    for _ in range(count):
+        pace, turn = draw.uniform(1, 12), draw.uniform(2, 36)
+        true = [1 + math.exp(-t / pace) + 0.05 * max(0.0, t - turn) for t in range(40)]
+        made.append((true, [loss + draw.gauss(0, 0.03) for loss in true]))
+    return made
+
+
+def _check_stop(answer):
+    if not callable(answer):
+        raise Wrong("Answer with a function of the list of losses so far.")
+    lost, used = [], []
+    for true, measured in _runs(9, 80):
+        seen = next((t for t in range(1, 41) if answer(measured[:t].copy())), 40)
+        kept = min(range(seen), key=measured.__getitem__)  # the best checkpoint so far
+        lost.append(true[kept] - min(true))
+        used.append(seen)
+    loss, share = sum(lost) / len(lost), sum(used) / len(used)
+    told = f"On 80 other runs it stops after {share:.1f} evaluations, {loss:.3f} above the best."
+    if share > 39:
+        raise Wrong(f"{told} It hardly ever stops, and that saves nothing.")
+    if loss > 0.02:
+        blind = "Look at the losses, not at the count."
+        early = blind if len(set(used)) == 1 else "It stops too soon: a rise or two may be noise."
+        raise Wrong(f"{told} More than 0.02. {early}")
+    if share > 22:
+        raise Wrong(f"{told} More than 22: it waits too long.")
+    return told
 
 
 EXERCISES = [
     Exercise(
         "5.1",
-        "Full fine-tuning, in GB",
-        _check_full,
-        hints=("Weight, gradient, and AdamW's two states.", "Four numbers of four bytes."),
-        solution="answer = 1.1e9 * 4 * 4 / 1e9\n",
-    ),
-    Exercise(
-        "5.2",
-        "The same with LoRA",
+        "LoRA, in GB",
         _check_lora,
         hints=(
             "Only what is trained has gradients and states.",
-            "1.1e9 * 2 bytes for the base; what does a trained parameter take?",
+            "Which four numbers has a parameter?",
         ),
         solution="answer = (1.1e9 * 2 + 10e6 * 4 * 4) / 1e9\n",
     ),
     Exercise(
+        "5.2",
+        "The loss of one update",
+        _check_update,
+        hints=(
+            "Compare it with one batch that holds all rows: what would its mean be?",
+            "Which tokens count, and by what is their sum divided?",
+        ),
+        solution=(
+            "def answer(micro_batches):\n"
+            "    losses = [loss[labels != -100] for loss, labels in micro_batches]\n"
+            "    return sum(loss.sum() for loss in losses) / sum(map(len, losses))\n"
+        ),
+        given=_micro_batches,
+    ),
+    Exercise(
         "5.3",
-        "A matrix of scores",
-        _check_scores,
-        hints=("One score for each pair of positions.", "2 * 16 * 4096 * 4096 scores."),
-        solution="answer = 2 * 16 * 4096**2 * 2 / 1e9\n",
+        "Four curves",
+        _check_curves,
+        hints=("Does its training loss fall? Does the other follow?", "One overfits, one starves."),
+        solution=f"answer = {REMEDIES}\n".replace("'", '"'),
+        given=_curves,
     ),
     Exercise(
         "5.4",
-        "Sixty-four rows on two cards",
-        _check_accumulation,
+        "Plan a run for a card",
+        _check_plan,
         hints=(
-            "How many rows go through both GPUs at once?",
-            "4 rows on each of 2 GPUs; how often, until 64 have gone through?",
+            "Which part of the peak is the largest, and which choice shrinks that part?",
+            "Quantize what is frozen, and compute activations again instead of keeping them.",
         ),
-        solution="answer = 64 // (2 * 4)\n",
+        solution=(
+            'answer = {"quantization": "nf4", "lora": 16, "batch_size": 8}\n'
+            'answer |= {"gradient_accumulation_steps": 4}\n'
+        ),
     ),
     Exercise(
         "5.5",
-        "Two unequal micro-batches",
-        _check_weighted,
-        hints=("A mean times its number of tokens is a sum.", "(60 + 10) / 40."),
-        solution="answer = (2.0 * 30 + 1.0 * 10) / (30 + 10)\n",
-    ),
-    Exercise(
-        "5.6",
         "One step of AdamW",
         _check_adamw,
         hints=(
@@ -326,18 +389,15 @@ EXERCISES = [
         ),
     ),
     Exercise(
-        "5.7",
+        "5.6",
         "Four bad runs",
         _check_faults,
-        hints=(
-            "Go through them one at a time and ask what each setting does to *this* run.",
-            "Too small a step, an emulated format, a silent cut, something kept in memory.",
-        ),
-        solution=f"answer = {FAULTS}\n".replace("'", '"'),
+        hints=("What does each setting do to *this* run?", "A small step, a slow format, a cut."),
+        solution=f"answer = {list(FAULTS)}\n".replace("'", '"'),
         given=_bad_runs,
     ),
     Exercise(
-        "5.8",
+        "5.7",
         "Softmax, tile by tile",
         _check_online,
         hints=(
@@ -359,13 +419,15 @@ EXERCISES = [
         ),
     ),
     Exercise(
-        "5.9",
-        "A chance to move",
-        _check_probability,
-        hints=(
-            "The distance travelled, over the distance to the neighbour.",
-            "On average it must come out right: chance × distance = update.",
+        "5.8",
+        "Stop in time (open)",
+        _check_stop,
+        hints=("How many evaluations without a new best convince you?", "Try several numbers."),
+        solution=(
+            "def answer(losses):\n"
+            "    best = min(range(len(losses)), key=losses.__getitem__)\n"
+            "    return len(losses) - 1 - best >= 4\n"
         ),
-        solution="answer = 0.001953125 / 0.0078125\n",
+        given=lambda: [measured for _, measured in _runs(0, 12)],
     ),
 ]

@@ -1,44 +1,101 @@
-"""Chapter 6: sizes, padding, merging, prompts that differ, and a Modelfile to mend."""
+"""Chapter 6: a file for a card, an imatrix, padding, Modelfiles and serving chains to mend."""
 
+import functools
 import shutil
+from typing import Any
 
 from helpers.course.exercises import Exercise, Wrong, near, one_number
 
 
 # ── 6.1 ──────────────────────────────────────────────────────────────────────────────────
-def _check_size(answer):
-    number = one_number(answer)
-    if near(number, 3.8 * 8.5 / 8, 5e-3):
-        return "Bits per weight times weights, divided by eight. The metadata is small change."
-    if near(number, 3.8 * 8.5):
-        raise Wrong("Those are gigabits. A byte has eight bits.")
-    if near(number, 3.8 * 8.5 / 8 * 1e9 / 2**30, 5e-3):
-        raise Wrong("That is in GiB (2**30 bytes); GB of 1e9 bytes were asked for.")
-    if near(number, 3.8):
-        raise Wrong("Eight bits would give that. The block scales take half a bit more.")
-    raise Wrong("Weights times bits per weight gives bits; then make bytes of them.")
+def _card() -> dict[str, Any]:
+    """An 8B model's files, in GB of 1e9 bytes, and a card for two users."""
+    files = {"Q8_0": (8.54, 0.001), "Q6_K": (6.60, 0.003), "Q5_K_M": (5.73, 0.009)}
+    files |= {"Q4_K_M": (4.92, 0.024), "Q4_K_M + imatrix": (4.92, 0.017)}
+    files |= {"Q3_K_M": (4.02, 0.080), "IQ2_M + imatrix": (2.95, 0.250)}
+    card = {"card_GiB": 8, "reserved_GiB": 0.8, "slots": 2, "context": 8192}
+    card |= {"layers": 32, "kv_heads": 8, "head_dim": 128}
+    return {**card, "files": {k: {"GB": size, "KL": kl} for k, (size, kl) in files.items()}}
+
+
+def _check_choice(answer):
+    files = _card()["files"]
+    answer = tuple(answer.values()) if isinstance(answer, dict) else answer
+    if not isinstance(answer, list | tuple) or len(answer) != 2 or answer[0] not in files:
+        raise Wrong("Give two things: the name of a file, and the GiB that serving it takes.")
+    size, said = files[answer[0]]["GB"], one_number(answer[1])
+    cache = 2.0  # 2 slots * 8192 tokens * 2 * 32 layers * 8 heads * 128 numbers * 2 bytes
+    needed = size * 1e9 / 2**30 + cache + 0.8
+    for slip, why in {
+        cache: "The cache is missing: keys and values lie beside the weights.",
+        cache / 2: "That is half of the cache. Two users, and keys *and* values.",
+        0.8: "What the card keeps for itself is missing.",
+        needed - size - cache - 0.8: "The files are in GB (1e9 bytes), the card in GiB (2**30).",
+    }.items():
+        if near(said, needed - slip, 5e-3):
+            raise Wrong(why)
+    if not near(said, needed, 5e-3):
+        raise Wrong("Add up the file, the cache of all slots, and what the card keeps, in GiB.")
+    if needed > 8:
+        raise Wrong(f"Counted rightly, and {needed:.2f} GiB do not fit into 8.")
+    if answer[0] != "Q4_K_M + imatrix":
+        raise Wrong("It fits, and so does one that is closer to the float16 model.")
+    return f"{needed:.2f} of 8 GiB. With one slot, Q5_K_M would fit: what is that worth to you?"
 
 
 # ── 6.2 ──────────────────────────────────────────────────────────────────────────────────
-ROWS = (576, 768, 896, 2048, 3072, 4864)
+@functools.cache
+def _layers() -> list[Any]:
+    """Two layers: weights (outputs, inputs), inputs seen on your data, and unseen ones."""
+    import torch
+
+    draw, made = torch.Generator().manual_seed(62), list[Any]()
+    for outputs, inputs in ((48, 64), (32, 96)):
+        loud = torch.exp(1.5 * torch.randn(inputs, generator=draw))
+        shapes = ((outputs, inputs), (512, inputs), (512, inputs))
+        weights, seen, unseen = (torch.randn(*shape, generator=draw) for shape in shapes)
+        made.append((weights, loud * seen, loud * unseen))
+    return made
 
 
-def _check_rows(answer):
-    try:
-        chosen = sorted({int(number) for number in answer})
-    except (TypeError, ValueError):
-        raise Wrong("Answer with a list of row lengths, such as [576, 768].") from None
-    if strangers := [number for number in chosen if number not in ROWS]:
-        raise Wrong(f"{strangers[0]} was not among the lengths.")
-    for number in ROWS:
-        if number in chosen and number % 256:
-            raise Wrong(
-                f"{number} / 256 = {number / 256:g}: the last super-block of a row would "
-                "be incomplete."
-            )
-    if missing := [n for n in ROWS if n not in chosen and n % 256 == 0]:
-        raise Wrong(f"None of yours falls back, but there is at least one more ({len(missing)}).")
-    return "Width matters: 896 is Qwen2.5-0.5B's, and its files fall back like ours."
+def _example() -> dict[str, Any]:
+    weights, inputs, _ = _layers()[0]
+    return {"weights": weights.clone(), "inputs": inputs.clone()}
+
+
+def _plain(weights):
+    """Two bits: -2, -1, 0 or 1 times a scale that the largest of 32 weights decides."""
+    blocks = weights.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 2
+    return (scale * (blocks / scale).round().clamp(-2, 1)).reshape(weights.shape)
+
+
+def _check_rounding(answer):
+    import torch
+
+    if not callable(answer):
+        raise Wrong("The answer should be a function of (weights, inputs).")
+    worst, blind = 0.0, True
+    for weights, inputs, unseen in _layers():
+        made = torch.as_tensor(answer(weights.clone(), inputs.clone())).float()
+        if made.shape != weights.shape:
+            raise Wrong(f"Return rounded weights of the same shape, {tuple(weights.shape)} here.")
+        if not made.isfinite().all():
+            raise Wrong("Some of your weights are no numbers. Did you divide by a scale of 0?")
+        other = torch.as_tensor(answer(weights.clone(), torch.ones_like(inputs))).float()
+        blind &= torch.equal(made, other)
+        for block in made.double().reshape(-1, 32):
+            steps = torch.unique(block.round(decimals=4)).diff()
+            if len(steps) > 3 or (len(steps) and steps.sum() > 3.1 * steps.min()):
+                raise Wrong("A block of 32 may hold four evenly spaced values: two bits, a scale.")
+        missed = [((w - weights) @ unseen.T).square().mean() for w in (made, _plain(weights))]
+        worst = max(worst, float(missed[0] / missed[1]))
+    said = f"On unseen inputs your error is {worst:.0%} of plain rounding's"
+    if worst > 0.97:
+        raise Wrong(f"{said}: nothing is won. Try several scales for each block.")
+    if worst > 0.6 or blind:  # the same weights for other inputs
+        raise Wrong(f"{said}. Weigh each weight's error by the mean square of its input.")
+    return f"{said}. This is what an imatrix does: no bit more, and better where it matters."
 
 
 # ── 6.3 ──────────────────────────────────────────────────────────────────────────────────
@@ -79,58 +136,72 @@ def _check_left_padding(answer):
 
 
 # ── 6.4 ──────────────────────────────────────────────────────────────────────────────────
-def _check_merge(answer):
-    import torch
+def _pairs() -> dict[str, dict[Any, str]]:
+    """Chat templates by letter, and Modelfiles by number, three of them wrong."""
+    header, after = "<|start_header_id|>ROLE<|end_header_id|>\n", "<|eot_id|>"
+    chatml, phi = ("<|im_start|>ROLE\n", "<|im_end|>\n"), ("<|ROLE|>\n", "<|end|>\n")
+    llama, zephyr = (header + "\n", after), ("<|ROLE|>\n", "</s>\n")
+    templates, modelfiles = dict[Any, str](), dict[Any, str]()
+    for letter, (before, after) in zip("ABCD", (chatml, phi, llama, zephyr), strict=True):
+        turn = before.replace("ROLE", "{{ m['role'] }}") + "{{ m['content'] }}" + after
+        opened = before.replace("ROLE", "assistant")
+        templates[letter] = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+        templates[letter] += f"{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+    wrong = [(header, "<|eot_id|>", ""), (*chatml, "<|endoftext|>"), ("<|ROLE|>", "</s>\n", "")]
+    order = [wrong[0], (*zephyr, ""), (*llama, ""), wrong[1], (*phi, ""), (*chatml, ""), wrong[2]]
+    for number, (before, after, stop) in enumerate(order, 1):
+        turn = before.replace("ROLE", "{{ .Role }}") + "{{ .Content }}" + after
+        text = f"{{{{ range .Messages }}}}{turn}{{{{ end }}}}{before.replace('ROLE', 'assistant')}"
+        modelfiles[number] = f'FROM ./model.gguf\nTEMPLATE """{text}"""\n'
+        modelfiles[number] += f'PARAMETER stop "{stop or after.strip()}"\n'
+    return {"templates": templates, "modelfiles": modelfiles}
 
-    if not callable(answer):
-        raise Wrong("The answer should be a function of (W, A, B, alpha).")
-    draw = torch.Generator().manual_seed(6)
-    for out, inputs, rank, alpha in ((5, 7, 2, 4), (6, 6, 3, 16), (4, 9, 1, 1)):
-        shapes = ((out, inputs), (rank, inputs), (out, rank))
-        W, A, B = (torch.randn(*shape, generator=draw) for shape in shapes)
-        kept = W.clone()
-        made = answer(W, A, B, alpha)
-        if not isinstance(made, torch.Tensor) or made.shape != kept.shape:
-            raise Wrong(f"Return a tensor of the shape of W, {tuple(kept.shape)} here.")
-        if torch.allclose(made, kept + B @ A, atol=1e-5) and alpha != rank:
-            raise Wrong("The adapter speaks at alpha / rank of its volume; yours at full.")
-        if torch.allclose(made, kept + alpha * B @ A, atol=1e-5) and rank > 1:
-            raise Wrong("You scale by alpha alone; divide it by the rank.")
-        if not torch.allclose(made, kept + alpha / rank * B @ A, atol=1e-5):
-            raise Wrong("x @ merged.T should equal x @ W.T + alpha / rank * x @ A.T @ B.T.")
-        if not torch.equal(W, kept):
-            raise Wrong("Right, but you changed W in place: merging twice would add twice.")
-    return "One matrix, the same answers, and no detour while serving."
+
+def _check_pairs(answer):
+    right = {"A": 6, "B": 5, "C": 3, "D": 2}
+    if not isinstance(answer, dict) or {str(key).upper() for key in answer} != set(right):
+        raise Wrong("Give a dictionary with the four letters, such as {'A': 1, 'B': 2, ...}.")
+    said = {str(letter).upper(): int(one_number(n)) for letter, n in answer.items()}
+    kept = sum(said[letter] == right[letter] for letter in right)
+    for letter in right:
+        why = {
+            ("A", 4): "4 writes A's prompts. How do its answers end?",
+            ("C", 1): "count the line breaks after the header, with repr().",
+            ("D", 7): "what stands between the role and the message?",
+        }.get((letter, said[letter]), "which words stand before and after a message?")
+        if said[letter] != right[letter]:
+            raise Wrong(f"{kept} of 4 are right. Look at {letter} again: {why}")
+    return "The three left over answer, and are wrong. Only comparing prompts shows it."
 
 
 # ── 6.5 ──────────────────────────────────────────────────────────────────────────────────
-CAUSES = ("double_bos", "missing_generation_prompt", "trailing_newline", "different_text")
-
-
-def _prompt_pairs():
-    question = "<|user|>\nThe moon is full.<|end|>\n"
-    trained = f"<s>{question}<|assistant|>\n"
-    return [
-        (trained, f"<s>{question}"),
-        (trained, f"<s>{trained}"),
-        (trained, trained.removesuffix("\n")),
-    ]
-
-
-def _check_causes(answer):
-    right = ["missing_generation_prompt", "double_bos", "trailing_newline"]
-    if not isinstance(answer, list | tuple) or len(answer) != len(right):
-        raise Wrong("Answer with a list of three names, one for each pair.")
-    for name in answer:
-        if name not in CAUSES:
-            raise Wrong(f"{name!r} is none of {', '.join(CAUSES)}.")
-    wrong = [i for i, (a, b) in enumerate(zip(answer, right, strict=True)) if a != b]
-    if wrong:
-        raise Wrong(
-            f"Look at pair {wrong[0] + 1} once more, with repr(): which characters does "
-            "one have and the other not?"
-        )
-    return "Invisible on a screen, plain in a repr, and each enough to spoil the answers."
+def _check_request(answer):
+    if not callable(answer):
+        raise Wrong("The answer should be a function that returns a dictionary.")
+    tokenizer, ask = _tokenizer(), {"role": "user", "content": "Who?"}
+    plain = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|im_end|>{% endfor %}"
+    plain += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer.bos_token = bos = "<jupyter_start>"
+    for eos, head, adds_bos in (("<|im_end|>", bos, True), ("<|endoftext|>", bos, False)):
+        tokenizer.eos_token, tokenizer.chat_template = eos, head + plain
+        for talk in ([ask], [ask, {"role": "assistant", "content": "I."}, ask]):
+            made = answer(tokenizer, [dict(message) for message in talk], "<|im_end|>", adds_bos)
+            if not isinstance(made, dict) or not isinstance(made.get("prompt"), str):
+                raise Wrong("It should still return a dictionary with a text as its 'prompt'.")
+            want = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+            got, stops = bos * adds_bos + made["prompt"], made.get("stop") or []
+            if got != want:
+                whys = {bos + want: "BOS twice", want.removeprefix(bos): "No BOS at all"}
+                opened = got.endswith("[assistant]")
+                why = (
+                    whys.get(got, f"Trained was {want!r}") if opened else "Nothing opens the answer"
+                )
+                raise Wrong(f"{why}. With adds_bos={adds_bos} the server reads {got!r}.")
+            if "<|im_end|>" not in ([stops] if isinstance(stops, str) else list(stops)):
+                raise Wrong(f"With EOS {eos!r} it never stops at the end of a turn: {stops!r}.")
+            if made.get("temperature") != 0 and made.get("top_k") != 1:
+                raise Wrong("The prompt is right, and the answer is drawn by chance.")
+    return "What is asked, what ends it, how it is drawn: look at these in every serving chain."
 
 
 # ── 6.6 ──────────────────────────────────────────────────────────────────────────────────
@@ -226,17 +297,50 @@ def _check_modelfile(answer):
 EXERCISES = [
     Exercise(
         "6.1",
-        "How large is the file?",
-        _check_size,
-        hints=("Weights times bits per weight are bits.", "3.8e9 * 8.5 / 8 bytes."),
-        solution="answer = 3.8e9 * 8.5 / 8 / 1e9\n",
+        "A file for a card",
+        _check_choice,
+        hints=(
+            "Each token keeps a key and a value per layer and KV head, 2 bytes a number.",
+            "The cache of two slots is 2 GiB. Which files are below 5.2 GiB?",
+        ),
+        solution="""size = 2 * given["layers"] * given["kv_heads"] * given["head_dim"] * 2
+cache = size * given["context"] * given["slots"] / 2**30
+fits = {}
+for name, file in given["files"].items():
+    needed = file["GB"] * 1e9 / 2**30 + cache + given["reserved_GiB"]
+    if needed <= given["card_GiB"]:
+        fits[name] = needed
+best = min(fits, key=lambda name: given["files"][name]["KL"])
+answer = best, fits[best]
+""",
+        given=_card,
     ),
     Exercise(
         "6.2",
-        "Which rows fall back?",
-        _check_rows,
-        hints=("A row is cut into super-blocks of 256.", "Try `n % 256` on each."),
-        solution=f"answer = [n for n in {list(ROWS)} if n % 256 == 0]\n",
+        "Your own imatrix",
+        _check_rounding,
+        hints=(
+            "Try thirty scales for each block of 32; keep the one with the least error.",
+            "The error that counts: (rounded - weight)**2 times the input's mean square.",
+        ),
+        solution="""import torch
+
+
+def answer(weights, inputs):
+    matters = inputs.square().mean(0).expand_as(weights).reshape(-1, 32)
+    blocks, best, least = weights.reshape(-1, 32), None, None
+    largest = blocks.abs().amax(1, keepdim=True)
+    for share in torch.linspace(-1, 1, 80):
+        scale = largest * share
+        made = scale * torch.clamp(torch.round(blocks / scale), -2, 1)
+        error = ((made - blocks) ** 2 * matters).sum(1, keepdim=True)
+        if best is None:
+            best, least = made, error
+        best = torch.where(error < least, made, best)
+        least = torch.minimum(error, least)
+    return best.reshape(weights.shape)
+""",
+        given=_example,
     ),
     Exercise(
         "6.3",
@@ -257,21 +361,32 @@ EXERCISES = [
     ),
     Exercise(
         "6.4",
-        "Merge by hand",
-        _check_merge,
-        hints=("W has the shape (out, in), like B @ A.", "The scale is alpha / rank."),
-        solution=("def answer(W, A, B, alpha):\n    return W + alpha / A.shape[0] * (B @ A)\n"),
+        "Pair the Modelfiles",
+        _check_pairs,
+        hints=(
+            "Print them with repr(): line breaks count.",
+            "Three Modelfiles are almost right: one stop word, one line break, one role.",
+        ),
+        solution='answer = {"A": 6, "B": 5, "C": 3, "D": 2}\n',
+        given=_pairs,
     ),
     Exercise(
         "6.5",
-        "Three prompts that differ",
-        _check_causes,
+        "Four bugs in a serving chain",
+        _check_request,
         hints=(
-            "Print both with `repr`.",
-            "A start twice, an opening that is not there, a line break that is not there.",
+            "Print what the server would read: its own BOS, if it adds one, and your prompt.",
+            "Who opens the answer? Who writes BOS? What ends a turn? What draws a token?",
         ),
-        solution=('answer = ["missing_generation_prompt", "double_bos", "trailing_newline"]\n'),
-        given=_prompt_pairs,
+        solution="""def answer(tokenizer, messages, end_of_turn, adds_bos):
+    prompt = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    if adds_bos:
+        prompt = prompt.removeprefix(tokenizer.bos_token)
+    stop = [end_of_turn, tokenizer.eos_token]
+    return {"prompt": prompt, "n_predict": 40, "temperature": 0, "stop": stop}
+""",
     ),
     Exercise(
         "6.6",
