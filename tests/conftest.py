@@ -16,6 +16,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = [f"test_chapters_run_top_to_bottom[Chapter{number}]" for number in (5, 6, 3, 2, 1, 4)]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first: else one worker may begin Chapter 5 when the other is done."""
+    items.sort(key=lambda item: LONGEST.index(item.name) if item.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded model in float32, shared; do not change it (deepcopy instead)."""

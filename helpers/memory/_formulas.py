@@ -137,7 +137,7 @@ def book_cells(table: str = "5.2") -> list[tuple[str, dict[str, Any], int]]:
 
     '5.2' and '5.3': OPT-350M in 16 bits, 48 cells each, 500 and 2,000 tokens; '5.4': in 8 bits, 24;
     '5.5': Falcon-7B in 8 bits, 12 (four more ran out of memory). `max_memory_allocated` of one
-    sequence on an RTX 4090, as printed (dvgodoy/FineTuningLLMs at a4dd512, images/ch5/mem_*.png).
+    sequence on an RTX 4090, as printed (images/ch5/mem_*.png of the book's repository at a4dd512).
     What is not printed is inferred from the same tables: float16, LoRA of rank 16 on q and v, a
     plain loop that takes one step (none where it accumulates), Adam's 8-bit states paged,
     mixed precision in fp16, checkpointing reentrant for 8-bit weights only. Of the 132, six are

@@ -153,7 +153,12 @@ def template_parity(
 
 
 def carried(source: object) -> tuple[str | None, int | None]:
-    """The chat template and the end token inside the GGUF file at `source`, where there are any."""
+    """The chat template and the end token inside the GGUF file at `source`, where there are any.
+
+    Example:
+        >>> carried("no-file-here.gguf")
+        (None, None)
+    """
     path = Path(str(source))
     found = inspect(path).metadata if path.suffix == ".gguf" and path.is_file() else {}
     return found.get("tokenizer.chat_template"), found.get("tokenizer.ggml.eos_token_id")
