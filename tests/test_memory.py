@@ -1062,6 +1062,9 @@ def test_plan_on_the_command_line(capsys, tmp_path):
     assert plan("--model SmolLM2-135M-Instruct --quantization nf4") == 1
     assert "needs lora" in capsys.readouterr().err
     assert plan("--rank 4") == 2
+    capsys.readouterr()
+    assert plan("--model SmolLM2-135M-Instruct --all-linear") == 2
+    assert "needs --rank" in capsys.readouterr().err
 
 
 def test_a_second_prediction_reuses_the_first(monkeypatch):

@@ -167,13 +167,15 @@ def memory_planner(
     Example:
         >>> memory_planner(["Llama-3.1-8B"])  # doctest: +SKIP
     """
+    from peft import LoraConfig
+
     from helpers import memory
 
     def draw(quantization: str, rank: int, checkpointing: bool, card: str, **choices: Any) -> Any:
         estimate = memory.estimate_training(
             choices.pop("model"),
             quantization=None if quantization == "none" else quantization,
-            lora=rank or None,
+            lora=LoraConfig(r=rank, target_modules="all-linear") if rank else None,
             gradient_checkpointing=checkpointing,
             gpu=card,
             **choices,

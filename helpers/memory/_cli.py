@@ -39,17 +39,21 @@ def main(options: argparse.Namespace) -> int:
     """Run `plan` with parsed options: print the answer, return the exit status."""
     choices = {k: v for k, v in vars(options).items() if k not in ("command", "call")}
     model, gpu, fit, vary = (choices.pop(name) for name in ("model", "gpu", "fit", "vary"))
-    if choices.pop("all_linear") and choices["lora"]:
-        from peft import LoraConfig
-
-        choices["lora"] = LoraConfig(r=choices["lora"], target_modules="all-linear")
+    everywhere = choices.pop("all_linear")
     if choices.pop("list"):
         print(catalog().drop(columns="source").to_string())
         return 0
     if not model:
         print("plan needs --model NAME (see plan --list)", file=sys.stderr)
         return 2
+    if everywhere and not choices["lora"]:
+        print("plan --all-linear needs --rank N: where else would adapters go", file=sys.stderr)
+        return 2
     try:
+        if everywhere:
+            from peft import LoraConfig
+
+            choices["lora"] = LoraConfig(r=choices["lora"], target_modules="all-linear")
         if fit:
             estimate = find_largest(model, fit, vary=vary, **choices)
             print(f"{fit}: largest {vary} is {getattr(estimate.choices, vary):,}")

@@ -193,7 +193,7 @@ class MemoryEstimate(_report.Shown):
         shown = [i for i in range(len(at)) if at[i] >= begins[0]]
         x = np.interp([at[i] for i in shown] + [end], [*begins, end], edges)
         bottom, low = 0.0, np.zeros(len(shown))
-        for name in (name for name in _COLORS if name in self.largest):
+        for name in filter(self.largest.__contains__, _COLORS):
             color, mine = plots.COLORS[_COLORS[name]], self.parts.get(name, 0) / GIB
             left.bar([0], [mine], 0.6, bottom=bottom, color=color, label=name)
             high = low + [states[i].get(name, 0) / GIB for i in shown]

@@ -279,8 +279,6 @@ def _launch(backend: str, processes: int, args: SFTConfig) -> dict[str, Any]:
     config = _WORDS["launch"] | _WORDS["backend"][backend] | {"num_processes": processes}
     config["mixed_precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     config["use_cpu"] = bool(args.use_cpu)
-    if backend == "ddp" and args.use_cpu:
-        config["distributed_type"] = "MULTI_CPU"
     if backend == "deepspeed":
         accumulation = {"gradient_accumulation_steps": args.gradient_accumulation_steps}
         config["deepspeed_config"] = config["deepspeed_config"] | accumulation
