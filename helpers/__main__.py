@@ -1,4 +1,4 @@
-"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `doctor`.
+"""The command line: `python -m helpers run Chapter0`, `plan`, `lab`, `doctor`, `check`.
 
 Installed with pip it is also called `fine-tuning-course`.
 """
@@ -47,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         _cli.add_arguments(plan)
         plan.set_defaults(call=_cli.main)
+    old = commands.add_parser("check", help="hold old code against the installed libraries")
+    if arguments[:1] == ["check"]:
+        from helpers.course.check import _cli as check_cli
+
+        check_cli.add_arguments(old)
+        old.set_defaults(call=check_cli.main)
 
     options = parser.parse_args(arguments)
     try:

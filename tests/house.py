@@ -15,6 +15,7 @@ import re
 import runpy
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ from helpers.course import doctor, notebooks, places  # noqa: E402
 LONGEST = 25  # lines of a cell: more do not fit on a screen
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PAGE = "Troubleshooting.md"
+BOOK_PAGE = "BOOK.md"
 PICTURE = ".github/before-and-after.png"
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -69,8 +71,9 @@ ADDRESSES = (
 
 # ── in step ──────────────────────────────────────────────────────────────────────────────
 def sync(repository=None):
-    """Put badges, bootstrap cells and addresses, Troubleshooting.md, README's figure and its
-    table of cards, and the log of tests/field in step; returns the names of the files that changed.
+    """Put badges, bootstrap cells and addresses, Troubleshooting.md, BOOK.md with the notebooks'
+    tables of the book's calls, README's figure and its table of cards, and the log of tests/field
+    in step; returns the names of the files that changed.
 
     Stored outputs stay as they are. repository: 'owner/name' of a fork, which goes into
     pyproject.toml too; ValueError for another form.
@@ -84,6 +87,7 @@ def sync(repository=None):
     for path in map(notebooks.find, notebooks.written()):
         new[path] = _notebook_in_step(path.read_text("utf-8"), target, path.stem)
     new[root / PAGE] = troubleshooting()
+    new[root / BOOK_PAGE] = book_page()
     readme, log = root / "README.md", root / "tests" / "field" / "README.md"
     new[readme] = _filled(new[readme], "measured cards", _cards(root))
     new[log] = _filled(log.read_text("utf-8"), "field log", _field(root))
@@ -123,6 +127,7 @@ def _notebook_in_step(text, repository, name):
             source = badge(name, repository)
         elif cell["cell_type"] == "markdown":
             source = _with_address(before, repository)
+            source = _filled(source, CALLS, book_calls(name)) if CALLS in source else source
         if source != before:
             cell["source"], changed = source.splitlines(keepends=True), True
     # As nbformat writes it, which only those have who work on notebooks.
@@ -188,6 +193,150 @@ def _link(proof):
         return ""
     name, heading = proof
     return f"  \nShown in [{name}]({name}.ipynb), “{heading}”."
+
+
+# ── the book ─────────────────────────────────────────────────────────────────────────────
+CALLS = "the book's calls"
+WORDS = {
+    "fails": "fails",
+    "warns": "warns",
+    "silent": "**silently differs**",
+    "moved": "moved",
+    "same": "works",
+}
+ORDER = tuple(WORDS)
+
+
+def read_book():
+    """What helpers/course/book.toml says, whose head explains the fields."""
+    text = Path(doctor.__file__).with_name("book.toml").read_text("utf-8")
+    return tomllib.loads(text)
+
+
+def chapters(book):
+    """(name, entry) of each chapter, in the book's order."""
+    return [(name, entry) for name, entry in book.items() if isinstance(entry, dict)]
+
+
+def book_calls(name):
+    """The last table of a notebook: the book's calls and today's."""
+    entry = read_book()[name]
+    at = f"{BOOK_PAGE}#{_anchor(entry['title'])}"
+    told = (
+        f"[The page for readers of the book]({at}) has the rest of this chapter: where each "
+        "heading went, the printed numbers, errata, and what still works."
+    )
+    return f"\n{_call_table(entry['calls'])}\n\n{told}\n"  # Markdown's empty lines
+
+
+def book_page():
+    """The text of BOOK.md, from helpers/course/book.toml."""
+    book = read_book()
+    parts = [
+        "# For readers of the printed book",
+        "You have *A Hands-On Guide to Fine-Tuning LLMs with PyTorch and Hugging Face* on the "
+        "desk, and its code is from 2024. For each of its chapters this page says where to find "
+        "a heading here, what each call is called today, which printed numbers you will see "
+        "again, and what still works. Look for the chapter, then for the heading or the call "
+        "you are at. If you have a notebook of that time, let the course read it: "
+        "`python -m helpers check THEIR.ipynb` names what fails in it, what warns and what "
+        "silently means something else, cell by cell, without running it.",
+        "The code of the book is that of its public repository; the printed text was not at "
+        "hand. “Today” means the versions in `requirements.txt`, among them transformers 5 and "
+        "trl 1. This page and the last table of each notebook are written by "
+        "`python tests/house.py sync` from `helpers/course/book.toml`.",
+        " · ".join(_jump(entry["title"]) for _, entry in chapters(book))
+        + " · "
+        + " · ".join(map(_jump, [OWN_FUNCTIONS, *(part["title"] for part in book["parts"])])),
+    ]
+    for name, entry in chapters(book):
+        parts += _book_chapter(name, entry)
+    rows = [(row["then"], row["today"] or "–", row["note"]) for row in book["helpers"]]
+    parts += [f"## {OWN_FUNCTIONS}", _table(("the book's (chapter)", "ours", "what differs"), rows)]
+    for part in book["parts"]:
+        parts += [f"## {part['title']}", part["text"].strip()]
+        if "rows" in part:
+            head = ("Table", "run", "printed, MB", "today, MB (predicted)")
+            cells = [
+                (r["table"], r["run"], f"{r['printed']:,}", f"{r['today']:,}") for r in part["rows"]
+            ]
+            parts.append(_table(head, cells))
+    return "\n\n".join(parts) + "\n"
+
+
+OWN_FUNCTIONS = "The book's own functions"
+
+
+def _book_chapter(name, entry):
+    yield f"## {entry['title']}"
+    yield f"*{entry['book']}* in the book; here *{entry['ours']}*: {_page(name)}. {entry['note']}"
+    rows = [
+        (heading, _places(found) or "–", _how(how, note))
+        for heading, how, found, note in entry["headings"]
+    ]
+    yield _table(("the book's heading", "here", "remark"), rows)
+    if entry.get("calls"):
+        yield f"**Calls of {entry['title']}**"
+        yield _call_table(entry["calls"])
+    if entry["numbers"]:
+        yield f"**Printed numbers of {entry['title']}**"
+        yield _table(("printed", "today", "why"), entry["numbers"])
+    for label, key in (("Errata", "errata"), ("Still works as printed", "same")):
+        if entry[key]:
+            yield f"**{label}**"
+            yield "\n".join(f"- {line}" for line in entry[key])
+
+
+def _call_table(calls):
+    calls = sorted(calls, key=lambda row: ORDER.index(row["kind"]))
+    rows = [
+        (row["then"] + " †" * row.get("elsewhere", False), row["today"], WORDS[row["kind"]])
+        for row in calls
+    ]
+    table = _table(("the book's call", "today's call", "the old one"), rows)
+    if any(row.get("elsewhere") for row in calls):
+        table += "\n\n† Not in the book's code; in other code of its time."
+    return table
+
+
+def _table(head, rows):
+    safe = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *safe]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _how(how, note):
+    said = {"here": "", "differently": "covered differently", "not here": "not here"}[how]
+    return ": ".join(filter(None, [said, note]))
+
+
+def _places(found):
+    """Links to the pages, each followed by the headings in quotes."""
+    pages = {}
+    for place in found:
+        name, heading = place.split(": ", 1)
+        pages.setdefault(name, []).append(heading)
+    return "; ".join(
+        f"{_page(name, headings[0])}, " + " and ".join(f"“{one}”" for one in headings)
+        for name, headings in pages.items()
+    )
+
+
+def _page(name, heading=None):
+    """A link to a notebook, or to a page and its heading: only pages have stable anchors."""
+    shown = re.sub(r"(?<=[a-z])(?=[A-Z0-9])", " ", name) if name != "FAQ" else name
+    if name in notebooks.written():
+        return f"[{shown}]({name}.ipynb)"
+    return f"[{shown}]({name}.md{'#' + _anchor(heading) if heading else ''})"
+
+
+def _jump(title):
+    return f"[{title}](#{_anchor(title)})"
+
+
+def _anchor(heading):
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 # ── fit to be stored ─────────────────────────────────────────────────────────────────────

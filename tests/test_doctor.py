@@ -1,9 +1,12 @@
 """The doctor: real errors are recognized, unknown ones left alone, the page is in step."""
 
+import contextlib
 import ctypes
 import errno
+import io
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -562,6 +565,168 @@ def _(world):
         places.use_volume()
 
 
+# ── what old command lines print ─────────────────────────────────────────────────────────
+def printed(world, *command, tool=None, **more):
+    """What a command says, in a folder where llama.cpp has been cloned and not built."""
+    if tool and shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not here")
+    (world.path("llama.cpp") / "build").mkdir(parents=True, exist_ok=True)
+    more = {"cwd": world.folder, "text": True, "capture_output": True} | more
+    done = subprocess.run(list(map(str, command)), check=False, **more)
+    assert done.returncode
+    return done.stdout + done.stderr
+
+
+def leaves(main, *arguments):
+    """What a command says on its way out, run in this process."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", ["command", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    return said.getvalue()
+
+
+def not_installed(program):
+    """The programs of this environment and the system's own, in the shell's words."""
+
+    def provoke(world):
+        path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+        return printed(world, "sh", "-c", f"{program} login", tool="sh", env={"PATH": path})
+
+    return provoke
+
+
+provokes("huggingface_cli")(not_installed("huggingface-cli"))
+provokes("transformers_cli")(not_installed("transformers-cli"))
+
+
+@provokes("trl_command")
+def _(world):
+    from trl.cli.main import main
+
+    return leaves(main, "chat", "--model_name_or_path", "tiny")
+
+
+TRAINED = ["--output_dir", "run", "--dataset_name", "yoda", "--use_cpu", "--bf16", "False"]
+
+
+@provokes("trl_option")
+def _(world):
+    from trl.cli.main import main
+
+    return leaves(main, "sft", *TRAINED, "--model_name_or_path", "tiny", "--max_seq_length", "9")
+
+
+@provokes("trl_option")
+def _(world):
+    from trl.scripts.sft import make_parser
+
+    given = [*TRAINED, "--model_name_or_path", "tiny", "--torch_dtype", "bfloat16"]
+    make_parser().parse_args_and_config(given)
+
+
+@provokes("launch_option")
+def _(world):
+    from accelerate.commands.accelerate_cli import main
+
+    return leaves(main, "launch", "--fp16", "train.py")
+
+
+@provokes("module_gone")
+def _(world):
+    runpy.run_module("transformers.models.llama.convert_llama_weights_to_hf")
+
+
+@provokes("trl_script")
+def _(world):
+    return printed(world, sys.executable, "trl/examples/scripts/sft.py")
+
+
+@provokes("llamacpp_script")
+def _(world):
+    return printed(world, sys.executable, "llama.cpp/convert.py", "tiny")
+
+
+@provokes("llamacpp_script")
+def _(world):
+    return printed(world, sys.executable, "llama.cpp/convert-hf-to-gguf.py", "tiny")
+
+
+@provokes("llamacpp_script")
+def _(world):
+    wanted = "llama.cpp/requirements/requirements-convert-hf-to-gguf.txt"
+    return printed(world, sys.executable, "-m", "pip", "install", "-r", wanted)
+
+
+@provokes("llamacpp_program")
+def _(world):
+    return printed(world, "sh", "-c", "./llama.cpp/quantize a.gguf b.gguf q4_0", tool="sh")
+
+
+@provokes("llamacpp_program")
+def _(world):
+    return printed(world, "bash", "-c", "./llama.cpp/main -m a.gguf", tool="bash")
+
+
+@provokes("llamacpp_program")
+def _(world):
+    subprocess.run(["./llama.cpp/server", "-m", "a.gguf"], cwd=world.folder, check=False)
+
+
+def converter(*arguments):
+    """The converter's own refusal: it reads its arguments before anything else."""
+
+    def provoke(world):
+        script = llamacpp.source_folder() / "convert_hf_to_gguf.py"
+        return printed(world, sys.executable, script, "tiny", *arguments)
+
+    return provoke
+
+
+provokes("converter_option")(converter("--outtype", "q4_k_m"))
+provokes("converter_option")(converter("--vocab-type", "bpe"))
+
+
+def llamacpp_says(program, *arguments):
+    """What a program of llama.cpp says, where there is one."""
+
+    def provoke(world):
+        if (found := llamacpp.find(program)) is None:
+            pytest.skip(f"{program} is not here")
+        old = world.path("old.ggmlv3.q4_0.bin")
+        old.write_bytes(b"tjgg" + b"\x03\0\0\0" * 9)
+        return printed(world, found, *arguments)
+
+    return provoke
+
+
+provokes("llamacpp_option")(llamacpp_says("llama-server", "-m", "a.gguf", "--mlock"))
+provokes("llamacpp_option")(llamacpp_says("llama-server", "-m", "a.gguf", "-fa", "-c", "9"))
+provokes("ggml_file")(llamacpp_says("llama-quantize", "old.ggmlv3.q4_0.bin", "a.gguf", "Q4_0"))
+
+
+@provokes("makefile")
+def _(world):
+    return printed(world, "make", "-C", llamacpp.source_folder(), "quantize", tool="make")
+
+
+@provokes("build_option")
+def _(world):
+    build = ["-B", world.path("cublas"), "-DLLAMA_CUBLAS=ON"]
+    return printed(world, "cmake", "-S", llamacpp.source_folder(), *build, tool="cmake")
+
+
+@provokes("llamacpp_tools")
+def _(world):
+    return printed(world, "ls", "llama.cpp/examples/server/README.md", tool="ls")
+
+
+@provokes("llamacpp_tools")
+def _(world):
+    (world.folder / "llama.cpp" / "examples" / "quantize" / "README.md").read_text("utf-8")
+
+
 CASES = [
     pytest.param(name, function, marks=getattr(function, "pytestmark", ()), id=name)
     for name, found in PROVOKED.items()
@@ -641,7 +806,15 @@ READ = [
         "    losses, logits, labels = self.prediction_step(\n"
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.00 GiB.",
     ),
-    ("makefile", "Makefile:6: *** Build system changed:\n The Makefile build has been replaced"),
+    (
+        "llamacpp_moved",
+        "docker: Error response from daemon: manifest for ghcr.io/ggerganov/llama.cpp:full not "
+        "found: manifest unknown",
+    ),
+    (
+        "autotrain_option",
+        "AutoTrain advanced CLI: error: unrecognized arguments: --use_peft --use_int4",
+    ),
     (
         "ollama_context",
         'level=WARN source=runner.go:129 msg="truncating input prompt" limit=2048 prompt=3940',
@@ -696,6 +869,28 @@ MORE = [
         "train.py FAILED\n  exitcode  : -9 (pid: 4242)\n"
         "  traceback : Signal 9 (SIGKILL) received by PID 4242",
     ),
+    ("huggingface_cli", "bash: line 1: huggingface-cli: command not found"),
+    ("huggingface_cli", "zsh: command not found: huggingface-cli"),
+    (
+        "huggingface_cli",
+        "FileNotFoundError: [Errno 2] No such file or directory: 'huggingface-cli'",
+    ),
+    (
+        "huggingface_cli",
+        "Warning: `huggingface-cli` is deprecated and no longer works. Use `hf` instead.",
+    ),
+    (
+        "huggingface_cli",
+        "'huggingface-cli' is not recognized as an internal or external command",
+    ),
+    (
+        "makefile",
+        "Makefile:2: *** The Makefile build is deprecated. Use the CMake build instead. For "
+        "more details, see docs/build.md.  Stop.",
+    ),
+    ("build_option", "CMake Warning at CMakeLists.txt:95: LLAMA_CUDA is deprecated and will be"),
+    ("ggml_file", "gguf_init_from_file: invalid magic characters: 'tjgg', expected 'GGUF'"),
+    ("damaged_gguf", "gguf_init_from_file: invalid magic characters: '<!do', expected 'GGUF'"),
     (
         "killed",
         "helpers.course.notebooks.NotebookError: Chapter5.ipynb, code cell 12: the kernel died",
@@ -778,6 +973,10 @@ WORDS = [
     ("formatter_ignored", "my formatting_func is ignored"),
     ("strings", "my prompt and completion are strings"),
     ("ollama_context", "Ollama forgets the beginning of the talk"),
+    ("ollama_adapter", "my Modelfile has an ADAPTER line"),
+    ("ollama_address", "curl https://ollama.ai/install.sh does nothing"),
+    ("llamacpp_moved", "is ggerganov still the place to clone from?"),
+    ("repository_moved", "where is TimDettmers/bitsandbytes?"),
 ]
 
 
@@ -837,6 +1036,10 @@ def assert_false():
         "flash attention",
         "RuntimeError: CUDA error: invalid argument",
         "RuntimeError: llama-server ended with status 1",
+        "bash: ./run: No such file or directory",
+        "python: can't open file '/content/train.py': [Errno 2] No such file or directory",
+        "train.py: error: unrecognized arguments: --fast",
+        "how do I merge an adapter?",
         "ImportError: libfoo.so.3: cannot open shared object file",
     ],
 )

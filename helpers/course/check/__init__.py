@@ -1,0 +1,231 @@
+"""Old fine-tuning code against today's libraries, read and never run (all chapters).
+
+    from helpers.course import check
+    check.notebook("their.ipynb")       # also a script; check.folder("examples")
+    check.cell("SFTTrainer(model, tokenizer=tokenizer)")
+    python -m helpers check their.ipynb --fix mended.ipynb
+
+Each finding says what the installed versions do with one piece of the code: it *fails*, it
+*warns*, it *silently* means something else than it did, or what it fetches has *moved*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+from helpers._report import Shown, counted, shorten, table
+from helpers.course import doctor
+from helpers.course.check import _calls, _objects, _patterns, _shell, _source
+
+__all__ = ["KINDS", "Finding", "Findings", "cell", "folder", "notebook"]
+
+KINDS = {
+    "fails": "raises an error",
+    "warns": "still works, with a warning",
+    "silent": "runs, and means something else",
+    "moved": "what it fetches or calls is somewhere else now",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Finding(Shown):
+    """What today's libraries do with one piece of code.
+
+    Attributes:
+        cell: the code cell, counted from 1; None in a script or a pasted cell.
+        line: the line in that cell or script, counted from 1.
+        code: the piece of code that is meant.
+        kind: 'fails', 'warns', 'silent' or 'moved' (`KINDS` says what they mean).
+        what: what happens; for 'fails', the message that Python gives.
+        today: what to write instead.
+        chapter: the notebook that shows it, such as 'Chapter5'; '' where none does.
+        symptom: its name in the doctor's catalog; 'unknown' where it has none.
+    """
+
+    cell: int | None
+    line: int
+    code: str
+    kind: str
+    what: str
+    today: str
+    chapter: str
+    symptom: str
+    word: str = ""  # the import, keyword or method that is meant
+
+    def __str__(self) -> str:
+        place = _source.Place(self.cell, self.line)
+        shown = f"\n    shown in {self.chapter}.ipynb" if self.chapter else ""
+        return f"{place}: {self.kind}: {self.code}\n    {self.what}\n    today: {self.today}{shown}"
+
+
+@dataclass(frozen=True, repr=False)
+class Findings(Shown, Sequence[Finding]):
+    """What was found in one file, in the order of its lines: a sequence that shows itself.
+
+    Attributes:
+        name: the file's name.
+        found: the findings.
+        notes: what could not be read, and pinned versions: worth knowing, no fault.
+    """
+
+    name: str
+    found: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Finding, ...]: ...
+    def __getitem__(self, index: int | slice) -> Finding | tuple[Finding, ...]:
+        return self.found[index]
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(place, code, what happens, today) of each finding."""
+        return [
+            (str(_source.Place(f.cell, f.line)), f.code, f"{f.kind}: {f.what}", f.today)
+            for f in self.found
+        ]
+
+    def summary(self) -> str:
+        """One line: how many findings of each kind."""
+        if not self.found:
+            return f"{self.name}: nothing found"
+        counts = {kind: sum(f.kind == kind for f in self.found) for kind in KINDS}
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        return f"{self.name}: {counted(len(self), 'finding')} ({told})"
+
+    def to_json(self) -> str:
+        """The same as JSON: name, findings, notes."""
+        content = {"name": self.name, "findings": [dataclasses.asdict(f) for f in self.found]}
+        return json.dumps(content | {"notes": list(self.notes)}, indent=1, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [*map(str, self.found), *(f"note: {n}" for n in self.notes), self.summary()]
+        )
+
+    def _repr_html_(self) -> str:
+        head = ("where", "the code", "what happens", "today")
+        notes = "".join(table([[note]]) for note in self.notes)
+        return table(self.rows(), head, caption=self.summary()) + notes
+
+
+def notebook(path: str | Path) -> Findings:
+    """Hold a notebook, or a script, against the installed versions.
+
+    Args:
+        path: an .ipynb file of format 3 or 4, or a Python file. Its code is read as text
+            and never run, nor is anything beside it imported.
+
+    Returns:
+        `Findings`, empty where nothing is known to have changed.
+
+    Raises:
+        ValueError: the file holds no notebook and no text.
+        FileNotFoundError: there is no such file.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> script = pathlib.Path(tempfile.mkdtemp(), "old.py")
+        >>> _ = script.write_text("from trl import setup_chat_format")
+        >>> notebook(script)[0].kind
+        'fails'
+    """
+    return _examined(_source.read(path))
+
+
+def cell(text: str) -> Findings:
+    """The same for pasted code: a cell, lines behind `>>>`, or a page's fenced block.
+
+    Example:
+        >>> found = cell("from trl import SFTConfig\\nSFTConfig(max_seq_length=512)")
+        >>> found[0].kind, found[0].word, found[0].chapter
+        ('fails', 'max_seq_length', 'Chapter4')
+    """
+    return _examined(_source.pasted(text))
+
+
+def folder(path: str | Path) -> list[Findings]:
+    """The same for each notebook and script in a folder and those below it.
+
+    Raises:
+        ValueError: it is no folder, or holds neither.
+    """
+    top = Path(path)
+    if not top.is_dir():
+        raise ValueError(f"path must be a folder, and {path} is none")
+    files = [
+        one
+        for one in sorted(top.rglob("*"))
+        if one.suffix in (".ipynb", ".py")
+        and not any(part.startswith(".") for part in one.relative_to(top).parts)
+    ]  # checkpoints and environments are not theirs to mend
+    if not files:
+        raise ValueError(f"{path} holds no notebook (.ipynb) and no script (.py)")
+    return [notebook(one) for one in files]
+
+
+def _examined(source: _source.Source) -> Findings:
+    program = _objects.Program(source.tree)
+    found = [_explained(source, problem) for problem in _calls.problems(program)]
+    found += [
+        _found(*source.at(hit.node), hit.kind, hit.symptom, hit.word)
+        for hit in _patterns.hits(program)
+    ]
+    brought, notes = set(), [f"{place}: {why}" for place, why in source.unread]
+    for line in source.shell:
+        found += [_found(line.place, line.text, *hit) for hit in _shell.hits(line.text)]
+        brought |= _shell.installed(line.text)
+        notes += [f"{line.place}: {note}" for note in _shell.notes(line.text)]
+    kept = [f for f in found if not _is_brought(f, brought)]
+    unique = {(f.cell, f.line, f.kind, f.word or f.code, f.symptom): f for f in kept}
+    ordered = sorted(unique.values(), key=lambda f: (f.cell or 0, f.line))
+    return Findings(source.name, tuple(ordered), tuple(notes))
+
+
+def _is_brought(finding: Finding, brought: set[str]) -> bool:
+    """Whether the notebook itself installs the package whose import would fail."""
+    lost = re.match(r"ModuleNotFoundError: No module named '(\w+)'$", finding.what)
+    return lost is not None and _shell.canonical(lost[1]) in brought
+
+
+def _explained(source: _source.Source, problem: _calls.Problem) -> Finding:
+    symptom = doctor.explain(problem.error)
+    other = {"what": problem.error}
+    if symptom is doctor.UNKNOWN:
+        other["today"] = _next_step(problem)
+    place, text = source.at(problem.node)
+    return _found(place, text, problem.kind, symptom.name, problem.word, **other)
+
+
+def _found(
+    place: _source.Place, text: str, kind: str, name: str, word: str, **other: str
+) -> Finding:
+    """A finding that an entry of the catalog tells; `other` replaces what it says."""
+    symptom = doctor.SYMPTOMS.get(name, doctor.UNKNOWN)
+    told = {"what": symptom.cause, "today": symptom.cure} | other
+    chapter = symptom.proof[0] if symptom.proof else ""
+    text = shorten(text.strip())
+    return Finding(
+        place.cell, place.line, text, kind, chapter=chapter, symptom=name, word=word, **told
+    )
+
+
+def _next_step(problem: _calls.Problem) -> str:
+    """What to do about what the catalog does not know: names that are spelled alike."""
+    if problem.error.startswith("ModuleNotFoundError"):
+        return f"install what `{problem.word}` is from, or bring the file; it is not the course's"
+    near = difflib.get_close_matches(problem.word, problem.alike, n=3, cutoff=0.6)
+    if near:
+        return f"not in the course's catalog; spelled alike: {', '.join(near)}"
+    return "not in the course's catalog: leave it out, or look into the library's release notes"
