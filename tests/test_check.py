@@ -7,6 +7,7 @@ import sys
 import nbformat
 import pytest
 
+from helpers import chat, models
 from helpers.__main__ import main
 from helpers.course import check, doctor, notebooks
 
@@ -19,43 +20,78 @@ from transformers import Trainer, TrainingArguments, pipeline
 from trl import SFTConfig, SFTTrainer
 from helpers import data, models
 """
+# Each is run as well, in a folder with a tiny model `tiny` and rows in `rows`.
+TRAINS = "SFTTrainer(model, args=a, train_dataset=rows, processing_class=tokenizer"
 FAILS = [
-    ("SFTTrainer(model, tokenizer=tokenizer)", "tokenizer"),
-    ("SFTTrainer(model, max_seq_length=9)", "max_seq_length"),
-    ("SFTTrainer(model, packing=True)", "packing"),
+    ("SFTTrainer(model, train_dataset=rows, tokenizer=tokenizer)", "tokenizer"),
+    ("SFTTrainer(model, train_dataset=rows, max_seq_length=9)", "max_seq_length"),
+    ("SFTTrainer(model, train_dataset=rows, packing=True)", "packing"),
     ("Trainer(model=model, tokenizer=tokenizer)", "tokenizer"),
+    ("SFTTrainer(model=model, args=a, processing_class=tokenizer)", "train_dataset"),
     ("SFTConfig('out', bf16=False, max_seq_length=9)", "max_seq_length"),
     ("SFTConfig('out', bf16=False, evaluation_strategy='no')", "evaluation_strategy"),
+    ("SFTConfig('out', bf16=False, evaluation_steps=3)", "evaluation_steps"),
+    ("SFTConfig('out', bf16=False, group_by_length=True)", "group_by_length"),
     ("given = {'logging_dir': 'x'}\nSFTConfig('out', bf16=False, **given)", "logging_dir"),
     ("given = dict(warmup_ratio=0.1)\nTrainingArguments('x', **given)", "warmup_ratio"),
     ("TrainingArguments('out', no_cuda=True)", "no_cuda"),
     ("TrainingArguments('out', optim='adamw_hf')", "adamw_hf"),
-    ("AutoModelForCausalLM.from_pretrained('x', dtype=1, load_in_4bit=True)", "load_in_4bit"),
-    ("AutoModelForCausalLM.from_pretrained('x', dtype=1, use_auth_token=1)", "use_auth_token"),
-    ("load_dataset('x', split='train', use_auth_token=1)", "use_auth_token"),
+    ("from trl import DPOConfig\nDPOConfig('x', max_prompt_length=9)", "max_prompt_length"),
+    ("from trl import DPOTrainer\nDPOTrainer(model, beta=0.1)", "beta"),
+    (
+        "AutoModelForCausalLM.from_pretrained('tiny', dtype='auto', load_in_4bit=True)",
+        "load_in_4bit",
+    ),
+    (
+        "AutoModelForCausalLM.from_pretrained('tiny', dtype='auto', use_auth_token=1)",
+        "use_auth_token",
+    ),
+    (
+        "AutoModelForCausalLM.from_pretrained('tiny', dtype='auto', resume_download=True)",
+        "resume_download",
+    ),
+    (
+        "AutoModelForCausalLM.from_pretrained('tiny', dtype='auto', use_flash_attention_2=True)",
+        "use_flash_attention_2",
+    ),
+    ("load_dataset('rows', split='train', use_auth_token=1)", "use_auth_token"),
+    ("from trl import setup_chat_format", "setup_chat_format"),
     ("from trl import DataCollatorForCompletionOnlyLM", "DataCollatorForCompletionOnlyLM"),
     ("from trl import ORPOTrainer", "ORPOTrainer"),
+    ("from trl import PPOConfig", "PPOConfig"),
     ("from trl.core import LengthSampler", "trl.core"),
     ("from transformers import TFAutoModel", "TFAutoModel"),
+    ("from transformers import AutoModelWithLMHead", "AutoModelWithLMHead"),
+    ("from transformers import AdamW", "AdamW"),
+    ("from huggingface_hub import HfFolder", "HfFolder"),
     ("from peft import prepare_model_for_int8_training", "prepare_model_for_int8_training"),
     ("import datasets\ndatasets.load_metric('x')", "load_metric"),
     ("from helper_functions import generate", "helper_functions"),
-    ("tokenizer = AutoTokenizer.from_pretrained('x')\ntokenizer.encode_plus(1)", "encode_plus"),
+    ("tokenizer = AutoTokenizer.from_pretrained('tiny')\ntokenizer.encode_plus(1)", "encode_plus"),
     ("tokenizer.batch_encode_plus([1])", "batch_encode_plus"),
     ("tokenizer.additional_special_tokens", "additional_special_tokens"),
-    ("model.generate(input_ids=1, max_new_tokens=9, penalty_alpha=0.6)", "penalty_alpha"),
-    ("def f(trainer):\n    trainer.tokenizer.decode(1)", "tokenizer"),
-    ("trainer = SFTTrainer(model)\nprint(trainer.tokenizer)", "tokenizer"),
-    ("class T(Trainer):\n    def compute_loss(self, model, inputs): ...", "compute_loss"),
-    ("class T(SFTTrainer): ...\nT(model, tokenizer=tokenizer)", "tokenizer"),
-    ("model = get_peft_model(model, c)\nSFTTrainer(model, peft_config=c)", "peft_config"),
-    ("pipeline('summarization')", "summarization"),
-    ("keys = model(x).past_key_values[0][0]", "past_key_values"),
-    ("rows = load_dataset('x', split='train')\ntokenizer(rows['text'])", "tokenizer"),
-    ("x = tokenizer.apply_chat_template(t)\nmodel.generate(x)", "apply_chat_template"),
+    ("model.generate(input_ids=x, max_new_tokens=9, penalty_alpha=0.6)", "penalty_alpha"),
+    ("model.push_to_hub('x', use_temp_dir=True)", "use_temp_dir"),
+    (f"trainer = {TRAINS})\nprint(trainer.tokenizer)", "tokenizer"),
+    ("def f(trainer):\n    trainer.tokenizer.decode(1)\nf(" + TRAINS + "))", "tokenizer"),
     (
-        "def f(rows):\n    out = []\n    for row in rows['a']:\n        out.append(row)\n"
-        "    return out\nSFTTrainer(model, formatting_func=f)",
+        "class T(Trainer):\n    def compute_loss(self, model, inputs): ...\n"
+        "T(model, b, train_dataset=ids).train()",
+        "compute_loss",
+    ),
+    ("class T(SFTTrainer): ...\nT(model, train_dataset=rows, tokenizer=tokenizer)", "tokenizer"),
+    (f"model = get_peft_model(model, c)\n{TRAINS}, peft_config=c)", "peft_config"),
+    ("pipeline('summarization')", "summarization"),
+    ("keys = model(x, use_cache=True).past_key_values[0][0]", "past_key_values"),
+    ("rows = load_dataset('rows', split='train')\ntokenizer(rows['text'])", "tokenizer"),
+    (
+        "x = tokenizer.apply_chat_template(t, return_tensors='pt')\nmodel.generate(x)",
+        "apply_chat_template",
+    ),
+    ("import torch\ntorch.tensor(tokenizer.apply_chat_template(t))", "apply_chat_template"),
+    (
+        "def f(rows):\n    out = []\n    for row in rows['text']:\n        out.append(row)\n"
+        f"    return out\n{TRAINS}, formatting_func=f)",
         "formatting_func",
     ),
 ]
@@ -81,6 +117,50 @@ def test_what_fails_is_named(source, word):
     assert [(f.kind, f.word) for f in found] == [("fails", word)], found
 
 
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the snippets find bound, in a folder with what they load."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    from trl import SFTConfig
+
+    folder = tmp_path_factory.mktemp("old")
+    tokenizer = models.load_tokenizer(models.EMBEDDED)
+    tokenizer.chat_template = chat.chatml_template()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**shape, num_attention_heads=2, vocab_size=len(tokenizer))
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    rows = Dataset.from_list([{"text": "Late you are."}] * 4)
+    (folder / "rows").mkdir()
+    rows.to_json(folder / "rows" / "rows.json")
+    given = {"use_cpu": True, "max_steps": 1, "report_to": "none", "bf16": False}
+    return {
+        "folder": folder,
+        "model": model,
+        "tokenizer": tokenizer,
+        "rows": rows,
+        "a": SFTConfig(str(folder / "a"), **given),
+        "b": TrainingArguments(str(folder / "b"), **given),
+        "c": LoraConfig(task_type="CAUSAL_LM"),
+        "x": torch.tensor([[1, 2, 3]]),
+        "ids": [{"input_ids": [1, 2], "labels": [1, 2]}] * 4,
+        "t": [{"role": "user", "content": "Hi"}],
+    }
+
+
+@pytest.mark.parametrize("source", [source for source, _ in FAILS + SLIPS])
+def test_it_fails_so_when_it_is_run(source, names, monkeypatch):
+    monkeypatch.chdir(names["folder"])
+    (found,) = check.cell(IMPORTS + source)
+    with pytest.raises(Exception) as raised:
+        exec(IMPORTS + source, dict(names, __name__="__main__"))
+    assert doctor.explain(raised.value).name == found.symptom, repr(raised.value)
+
+
 @pytest.mark.parametrize("source", [source for source, _ in FAILS])
 def test_what_fails_is_explained(source):
     (found,) = check.cell(IMPORTS + source)
@@ -96,7 +176,7 @@ def test_a_slip_is_told_what_is_spelled_alike():
 OTHER = [
     ("warns", "SFTConfig('o', bf16=False, gradient_checkpointing=True)", "gradient_checkpointing"),
     ("warns", "AutoModelForCausalLM.from_pretrained('x', torch_dtype=1)", "torch_dtype"),
-    ("warns", "model.gradient_checkpointing_enable()", ""),
+    ("warns", "model.gradient_checkpointing_enable()", "gradient_checkpointing_enable"),
     ("warns", "load_dataset('x', split='train', trust_remote_code=True)", "trust_remote_code"),
     ("silent", "AutoModelForCausalLM.from_pretrained('facebook/opt-350m')", "dtype"),
     ("silent", "SFTConfig('out')", "bf16"),
@@ -109,22 +189,22 @@ OTHER = [
     ("silent", "n = len(tokenizer.apply_chat_template(t))", "apply_chat_template"),
     (
         "silent",
-        "SFTTrainer(model)\nrows.map(lambda r: {'prompt': r['q'], 'completion': r['a']})",
+        "SFTTrainer(model, train_dataset=rows)\nrows.map(lambda r: {'prompt': r['q'], 'completion': r['a']})",
         "completion",
     ),
     (
         "silent",
-        "rows.map(lambda r: {'prompt': r['q']})\nSFTTrainer(model, formatting_func=f)",
+        "rows.map(lambda r: {'prompt': r['q']})\nSFTTrainer(model, train_dataset=rows, formatting_func=f)",
         "formatting_func",
     ),
     (
         "silent",
-        "SFTTrainer(model)\nBitsAndBytesConfig(load_in_8bit=True)",
+        "SFTTrainer(model, train_dataset=rows)\nBitsAndBytesConfig(load_in_8bit=True)",
         "load_in_8bit",
     ),
     (
         "silent",
-        "text = tokenizer.apply_chat_template(t, tokenize=False)\nSFTTrainer(model)\n"
+        "text = tokenizer.apply_chat_template(t, tokenize=False)\nSFTTrainer(model, train_dataset=rows)\n"
         "SFTConfig('out', bf16=True, dataset_text_field='text')",
         "dataset_text_field",
     ),
@@ -156,9 +236,11 @@ SOUND = [
     "x = tokenizer.apply_chat_template(t, return_tensors='pt')\nmodel.generate(**x)",
     "x = tokenizer.apply_chat_template(t, return_dict=False)\nmodel.generate(x)",
     "rows = load_dataset('x', split='train')\ntokenizer(list(rows['text']))",
-    "rows.map(lambda r: {'prompt': f'Q: {r[0]} A:', 'completion': r[1]})\nSFTTrainer(model)",
+    "rows.map(lambda r: {'prompt': f'Q: {r[0]} A:', 'completion': r[1]})\nSFTTrainer(model, train_dataset=rows)",
     "!pip install nowhere-at-all\nimport nowhere_at_all",
     "import os, sys\nos.path.join(sys.argv[0])",
+    "from trl import setup_chat_format  # on purpose",
+    "m = get_peft_model(model, c)\nwith m.disable_adapter():\n    m.base_model(x)",
 ]
 
 
@@ -259,7 +341,7 @@ settings = SFTConfig(
     max_seq_length=512,
     logging_dir="./logs",
     bf16=True, evaluation_strategy="steps")
-trainer = SFTTrainer(model, args=settings, tokenizer=tokenizer)
+trainer = SFTTrainer(model, args=settings, train_dataset=rows, tokenizer=tokenizer)
 """
 
 
@@ -382,6 +464,12 @@ def test_the_copy_has_the_new_names(form, tmp_path, capsys):
     [
         ("SFTConfig('o', bf16=True, logging_dir='x')", "SFTConfig('o', bf16=True)"),
         ("SFTConfig(logging_dir='x', bf16=True)", "SFTConfig(bf16=True)"),
+        ("SFTConfig(logging_dir='x')", "SFTConfig()"),
+        (
+            "SFTConfig(warmup_ratio=0.1, warmup_steps=0)",
+            "SFTConfig(warmup_ratio=0.1, warmup_steps=0)",
+        ),
+        ("model.gradient_checkpointing_enable()", "model.activation_checkpointing_enable()"),
         ("SFTConfig('é', logging_dir=\n  'x', bf16=True)", "SFTConfig('é', bf16=True)"),
         (
             "k = {'max_seq_length': 1}\nSFTConfig(bf16=True, **k)",
@@ -391,9 +479,11 @@ def test_the_copy_has_the_new_names(form, tmp_path, capsys):
 )
 def test_a_copy_of_one_call(call, fixed, tmp_path):
     head = "from trl import SFTConfig\n"
-    (tmp_path / "a.py").write_text(head + call + "\n", encoding="utf-8")
-    main(["check", str(tmp_path / "a.py"), "--fix", str(tmp_path / "b.py")])
-    assert (tmp_path / "b.py").read_text("utf-8") == head + fixed + "\n"
+    for ends in ("\n", "\r\n"):
+        path, copy = tmp_path / f"a{len(ends)}.py", tmp_path / f"b{len(ends)}.py"
+        path.write_bytes(f"{head}{call}\n".replace("\n", ends).encode())
+        main(["check", str(path), "--fix", str(copy)])
+        assert copy.read_bytes() == f"{head}{fixed}\n".replace("\n", ends).encode()
 
 
 def test_a_copy_overwrites_nothing(tmp_path, capsys):

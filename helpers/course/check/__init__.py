@@ -24,6 +24,8 @@ from helpers._report import Shown, counted, shorten, table
 from helpers.course import doctor
 from helpers.course.check import _calls, _objects, _patterns, _shell, _source
 
+ON_PURPOSE = "# on purpose"  # at the end of a line that shows a mistake
+
 __all__ = ["KINDS", "Finding", "Findings", "cell", "folder", "notebook"]
 
 KINDS = {
@@ -125,7 +127,8 @@ def notebook(path: str | Path) -> Findings:
 
     Args:
         path: an .ipynb file of format 3 or 4, or a Python file. Its code is read as text
-            and never run, nor is anything beside it imported.
+            and never run, nor is anything beside it imported. Cells with the tag
+            `raises-exception` and lines that end in `# on purpose` are left alone.
 
     Returns:
         `Findings`, empty where nothing is known to have changed.
@@ -183,11 +186,14 @@ def _examined(source: _source.Source) -> Findings:
         for hit in _patterns.hits(program)
     ]
     brought, notes = set(), [f"{place}: {why}" for place, why in source.unread]
+    for place, text in source.written:
+        found += [_found(place, text, *hit) for hit in _shell.in_text(text)]
+    session = _shell.Session()
     for line in source.shell:
-        found += [_found(line.place, line.text, *hit) for hit in _shell.hits(line.text)]
+        found += [_found(line.place, line.text, *hit) for hit in session.hits(line.text)]
         brought |= _shell.installed(line.text)
         notes += [f"{line.place}: {note}" for note in _shell.notes(line.text)]
-    kept = [f for f in found if not _is_brought(f, brought)]
+    kept = [f for f in found if not (_is_brought(f, brought) or f.code.endswith(ON_PURPOSE))]
     unique = {(f.cell, f.line, f.kind, f.word or f.code, f.symptom): f for f in kept}
     ordered = sorted(unique.values(), key=lambda f: (f.cell or 0, f.line))
     return Findings(source.name, tuple(ordered), tuple(notes))

@@ -216,7 +216,7 @@ def against(
             said = f"{spelled}() takes {said.removeprefix('too many ')}"
         yield Problem(node, "fails", f"TypeError: {said}", spelled)
     if message := _is_old(function):
-        yield Problem(node, "warns", message, spelled)
+        yield Problem(node.func, "warns", message, spelled, spelled.split(".")[-1])
 
 
 def _function(target: Any) -> tuple[Any, str, int]:
@@ -263,7 +263,7 @@ def _unexpected(spelled: str, word: str, place: ast.AST, takes: set[str]) -> Pro
     elif name == "from_pretrained":
         said = f"TypeError: LlamaForCausalLM.__init__() got an unexpected keyword argument '{word}'"
     elif name == "load_dataset":
-        said = f"TypeError: JsonConfig.__init__() got an unexpected keyword argument '{word}'"
+        said = f"ValueError: BuilderConfig doesn't have a '{word}' key."
     else:
         said = f"TypeError: {spelled}() got an unexpected keyword argument '{word}'"
     return Problem(place, "fails", said, spelled, word, tuple(takes))

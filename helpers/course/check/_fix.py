@@ -59,7 +59,9 @@ def write(path: str | Path, out: str | Path) -> int:
         text = _notebook(path, source, lines)
     else:
         text = "\n".join(line for line in lines if line != _GONE) + "\n"
-    _files.write_whole(out, text)
+    if b"\r\n" in path.read_bytes():
+        text = text.replace("\n", "\r\n")
+    _files.write_whole(out, text.encode())
     return len(edits)
 
 
@@ -88,6 +90,8 @@ def _edits(source: _source.Source) -> set[Edit]:
             continue
         node = problem.node
         if isinstance(node, ast.keyword):
+            if new in _words(program, node):
+                continue  # both are given: which one is meant, nobody knows
             if new:
                 column = node.col_offset
                 end = column + len(problem.word)
@@ -102,6 +106,11 @@ def _edits(source: _source.Source) -> set[Edit]:
                 (node.lineno, node.col_offset + 1, node.lineno, (node.end_col_offset or 0) - 1, new)
             )
     return found
+
+
+def _words(program: _objects.Program, node: ast.keyword) -> set[str | None]:
+    """The keywords beside one."""
+    return {keyword.arg for keyword in getattr(program.above[node][0], "keywords", [])}
 
 
 def _without(source: _source.Source, program: _objects.Program, node: ast.keyword) -> Edit:

@@ -162,10 +162,12 @@ class Program:
                 case ast.Import(names=aliases):
                     for alias in aliases:
                         first = alias.name if alias.asname else alias.name.split(".")[0]
-                        bind(alias.asname or first, self._module(child, alias.name, first), child)
+                        self.above[alias] = (child, scope)
+                        bind(alias.asname or first, self._module(alias, alias.name, first), child)
                 case ast.ImportFrom(module=str(module), names=aliases, level=0):
                     for alias in aliases:
-                        found = self._imported(child, module, alias.name)
+                        self.above[alias] = (child, scope)
+                        found = self._imported(alias, module, alias.name)
                         bind(alias.asname or alias.name, found, child)
                 case ast.ImportFrom(names=aliases):
                     for alias in aliases:

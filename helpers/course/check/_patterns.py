@@ -112,6 +112,17 @@ class Reading:
             node = self.program.binding(node.id, node)[0]
         return node if isinstance(node, ast.FunctionDef | ast.Lambda) else None
 
+    def is_within(self, node: ast.AST, method: str) -> bool:
+        """Whether a node stands in a `with thing.method():`."""
+        while node in self.program.above:
+            node = self.program.above[node][0]
+            for item in node.items if isinstance(node, ast.With) else ():
+                call = item.context_expr
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                    if call.func.attr == method:
+                        return True
+        return False
+
     def uses(self, node: ast.Call) -> Iterator[tuple[ast.AST, ast.AST]]:
         """Where the result of a call goes: (what stands around it, the expression)."""
         above = self.program.above[node][0]
@@ -331,6 +342,15 @@ def adapter_twice(code: Reading) -> Iterator[Hit]:
 
 
 @pattern
+def trainer_without_data(code: Reading) -> Iterator[Hit]:
+    """A trainer made for its model alone, as a search for the batch size did."""
+    for node, words in code.named("SFTTrainer"):
+        complete = _calls.words_of(code.program, node)[1]
+        if complete and "train_dataset" not in words and len(node.args) < 4:
+            yield Hit(node, "fails", "no_dataset", "train_dataset")
+
+
+@pattern
 def packing(code: Reading) -> Iterator[Hit]:
     """Packing keeps samples whole now; on some architectures they read one another."""
     names = {str(n.value).lower() for n in code.nodes if isinstance(n, ast.Constant)}
@@ -351,6 +371,7 @@ def settings_that_changed(code: Reading) -> Iterator[Hit]:
     for node, words in code.named("SFTConfig"):
         if _calls.words_of(code.program, node)[1] and not number_formats & words.keys():
             yield Hit(node, "silent", "sft_defaults", "bf16")
+            return  # once is enough
 
 
 @pattern
@@ -412,6 +433,8 @@ def the_adapted_base(code: Reading) -> Iterator[Hit]:
 
     for node in code.methods("base_model"):
         owner = code.program.value(node.func.value)  # type: ignore[attr-defined]
+        if code.is_within(node, "disable_adapter"):
+            continue
         if isinstance(owner, Instance) and issubclass(owner.kind, PeftModel):
             yield Hit(node, "silent", "base_model_is_adapted", "base_model")
 

@@ -47,6 +47,7 @@ class Source:
     name: str
     tree: ast.Module = field(default_factory=lambda: ast.Module([], []))
     shell: list[ShellLine] = field(default_factory=list)
+    written: list[tuple[Place, str]] = field(default_factory=list)  # a Modelfile, a table
     unread: list[tuple[Place, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)  # of each line of `lines`
@@ -59,7 +60,7 @@ class Source:
     def add(self, text: str, cell: int | None) -> None:
         """Read one more cell, or a whole script (cell None)."""
         start = len(self.lines)
-        raw = text.splitlines()
+        raw = re.sub(r"\r\n?", "\n", text).removesuffix("\n").split("\n")  # as Python counts
         self.lines += raw
         self.places += [Place(cell, number) for number in range(1, len(raw) + 1)]
         python = self._without_shell(raw, cell)
@@ -83,7 +84,11 @@ class Source:
                 self._command(raw[first + 1 :], first + 2, cell)
                 return []
             if name in ("writefile", "file") and not rest.strip().endswith(".py"):
-                self._command(raw[first + 1 :], first + 2, cell)  # a script, a Modelfile
+                body = raw[first + 1 :]
+                if rest.strip().endswith(".sh"):
+                    self._command(body, first + 2, cell)
+                else:
+                    self.written.append((Place(cell, first + 2), "\n".join(body)))
                 return []
             if name in _OTHER_LANGUAGES:
                 return []
