@@ -364,9 +364,9 @@ def test_a_fork_takes_one_command_and_another_brings_it_back(course):
 
 def test_a_fork_changes_neither_the_library_nor_links_to_others(course):
     page = "[The book](https://github.com/dvgodoy/FineTuningLLMs) is its author's."
-    (course / "BOOK.md").write_text(page)
+    (course / "Elsewhere.md").write_text(page)
     sync(course, "--repository", "someone/else")
-    assert (course / "BOOK.md").read_text() == page
+    assert (course / "Elsewhere.md").read_text() == page
     for path in course.rglob("helpers/**/*.py"):
         assert path.read_bytes() == (ROOT / path.relative_to(course)).read_bytes()
 

@@ -95,6 +95,41 @@ FAILS = [
         "formatting_func",
     ),
 ]
+FAILS += [
+    (
+        "from transformers import DynamicCache\nDynamicCache.from_legacy_cache(x)",
+        "from_legacy_cache",
+    ),
+    ("past = model(x, use_cache=True).past_key_values\npast.key_cache", "key_cache"),
+    ("model.prune_heads({})", "prune_heads"),
+    (
+        f"d = SFTConfig('o', use_cpu=True, bf16=False, report_to='none', packing=True, packing_strategy='bfd')\n"
+        f"{TRAINS.replace('args=a', 'args=d')}, data_collator=print)",
+        "data_collator",
+    ),
+    (
+        "from datasets import Dataset\nfrom transformers import DataCollatorForLanguageModeling\n"
+        "rows = Dataset.from_list([{'text': 'a'}, {'text': 'a b'}] * 4)\n"
+        f"{TRAINS}, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)).train()",
+        "data_collator",
+    ),
+    (
+        "from datasets import Dataset\nrows = Dataset.from_list([{'conversations': t}] * 4)\n"
+        f"{TRAINS})",
+        "conversations",
+    ),
+    (
+        "from datasets import Dataset\nrows = Dataset.from_list([{'prompt': 'a', 'answer': 'b'}] * 4)\n"
+        f"{TRAINS}, formatting_func=lambda row: row['answer'])",
+        "formatting_func",
+    ),
+    (
+        "from datasets import Dataset\n"
+        "rows = Dataset.from_list([{'prompt': [t[0]], 'completion': [t[0]]}] * 4)\n"
+        f"{TRAINS}, formatting_func=lambda row: 'b')",
+        "formatting_func",
+    ),
+]
 # Of nobody's past: only the signature tells, and the catalog says nothing.
 SLIPS = [
     ("SFTConfig('out', **{'a': 1} | dict(bf16=True))", "a"),
@@ -183,6 +218,12 @@ OTHER = [
     ("silent", "SFTConfig('out', bf16=True, packing=True)", "packing"),
     ("silent", "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_type='nf4')", "bnb_4bit_type"),
     ("silent", "tokenizer('a', pad_to_max_length=True)", "pad_to_max_length"),
+    ("silent", "model.save_pretrained('x', safe_serialization=False)", "safe_serialization"),
+    (
+        "silent",
+        "d = {'additional_special_tokens': []}\ntokenizer.special_tokens_map",
+        "special_tokens_map",
+    ),
     ("silent", "model = get_peft_model(model, c)\nmodel.base_model(x)", "base_model"),
     ("silent", "model(x, output_attentions=True)", "output_attentions"),
     ("silent", "import torch\ntorch.cuda.is_bf16_supported()", "is_bf16_supported"),

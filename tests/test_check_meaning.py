@@ -4,6 +4,7 @@ The 8-bit layers under checkpointing, strings without a template and the functio
 calls have their proofs in test_memory, test_chat_training and test_doctor.
 """
 
+import copy
 import logging
 
 import pytest
@@ -111,6 +112,19 @@ def test_pad_to_max_length(tokenizer):
     old = tokenizer("a b", pad_to_max_length=True, max_length=9, truncation=True)
     today = tokenizer("a b", padding="max_length", max_length=9, truncation=True)
     assert (len(old.input_ids), len(today.input_ids)) == (2, 9)
+
+
+def test_always_safetensors(model, tmp_path):
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_special_tokens_map(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|note|>"]})
+    assert "<|note|>" not in str(own.special_tokens_map)
+    assert "<|note|>" in own.extra_special_tokens
 
 
 def test_template_returns_dict(tokenizer):

@@ -28,10 +28,8 @@ HERE = Path(__file__).resolve().parent
 BESIDE = HERE / "beside"
 SHELL = re.compile(r"^\s*(?:[\w., ]+=\s*)?[!%]")
 RENAMED = {
-    "max_seq_length": "max_length",
-    "tokenizer": "processing_class",
-    "evaluation_strategy": "eval_strategy",
-    "evaluation_steps": "eval_steps",
+    "SFTConfig": {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"},
+    "SFTTrainer": {"tokenizer": "processing_class"},
 }
 TRIES = 12
 TEMPLATE = (
@@ -108,8 +106,9 @@ def python_of(source):
 class Without(ast.NodeTransformer):
     """Takes one keyword out of all calls, renames or adds it; takes one imported name out."""
 
-    def __init__(self, keyword=None, name=None, on_cpu=False):
-        self.keyword, self.name, self.on_cpu, self.done = keyword, name, on_cpu, False
+    def __init__(self, keyword=None, new=None, name=None, on_cpu=False):
+        self.keyword, self.new, self.name, self.on_cpu = keyword, new, name, on_cpu
+        self.done = False
 
     def visit_Call(self, node):
         self.generic_visit(node)
@@ -118,8 +117,8 @@ class Without(ast.NodeTransformer):
             self.done = True
         for word in [w for w in node.keywords if w.arg == self.keyword and self.keyword]:
             self.done = True
-            if self.keyword in RENAMED:
-                word.arg = RENAMED[self.keyword]
+            if self.new:
+                word.arg = self.new
             else:
                 node.keywords.remove(word)
         return node

@@ -181,17 +181,18 @@ def folder(path: str | Path) -> list[Findings]:
 def _examined(source: _source.Source) -> Findings:
     program = _objects.Program(source.tree)
     found = [_explained(source, problem) for problem in _calls.problems(program)]
+    notes = [f"{place}: {why}" for place, why in source.unread]
+    brought = {name for line in source.shell for name in _shell.installed(line.text)}
     found += [
         _found(*source.at(hit.node), hit.kind, hit.symptom, hit.word)
         for hit in _patterns.hits(program)
+        if _shell.canonical(hit.needs) not in brought
     ]
-    brought, notes = set(), [f"{place}: {why}" for place, why in source.unread]
     for place, text in source.written:
         found += [_found(place, text, *hit) for hit in _shell.in_text(text)]
     session = _shell.Session()
     for line in source.shell:
         found += [_found(line.place, line.text, *hit) for hit in session.hits(line.text)]
-        brought |= _shell.installed(line.text)
         notes += [f"{line.place}: {note}" for note in _shell.notes(line.text)]
     kept = [f for f in found if not (_is_brought(f, brought) or f.code.endswith(ON_PURPOSE))]
     unique = {(f.cell, f.line, f.kind, f.word or f.code, f.symptom): f for f in kept}

@@ -232,8 +232,8 @@ class Program:
             return self._elsewhere(node, module)
         try:
             home = importlib.import_module(module)
-        except Exception as error:  # as above
-            self._miss(node, module, f"{type(error).__name__}: {error}")
+        except Exception as error:  # as above; said once for all names
+            self._miss(self.above[node][0], module, f"{type(error).__name__}: {error}")
             return FOREIGN
         if name == "*":
             return UNKNOWN

@@ -10,6 +10,7 @@ import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from helpers.course.check import _calls, _shell
@@ -17,18 +18,23 @@ from helpers.course.check._objects import Derived, Instance, Method, Program
 
 # Checkpoints of 2023 to 2025 that are stored in 32 bits: their default dtype is what it was.
 _STORED_IN_32_BITS = ("gpt2", "bert", "roberta", "t5", "bart", "pegasus", "electra")
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "neptune", "swanlab", "trackio")
 # Their samples read each other in a pack (Chapter 4 measures it).
 _LEAKING = ("opt-", "falcon", "mpt", "bloom")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A place, what happens there and the symptom that tells it."""
+    """A place, what happens there and the symptom that tells it.
+
+    needs: a package that is not installed; where the notebook brings it, nothing happens.
+    """
 
     node: ast.AST
     kind: str
     symptom: str
     word: str
+    needs: str = ""
 
 
 class Reading:
@@ -67,6 +73,37 @@ class Reading:
     def trains(self) -> bool:
         """Whether an SFTTrainer is made."""
         return any(True for _ in self.named("SFTTrainer"))
+
+    @cached_property
+    def trains_all_tokens(self) -> bool:
+        """Whether some config says that prompts are trained as well."""
+        return any(
+            self.constant(words.get("completion_only_loss")) is False
+            for _, words in self.named("SFTConfig")
+        )
+
+    def columns_of(self, node: ast.AST | None, depth: int = 9) -> set[str] | None:
+        """The columns of a data set that the code makes itself; None where not to be seen."""
+        node = node.value if isinstance(node, ast.keyword) else node
+        if isinstance(node, ast.Name):
+            node = self.program.binding(node.id, node)[0]
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not depth:
+            return None
+        given = [a.left if isinstance(a, ast.BinOp) else a for a in node.args]  # [row] * 4
+        match node.func.attr, given:
+            case "from_list", [ast.ListComp(elt=ast.Dict(keys=keys))]:
+                return {str(self.constant(key)) for key in keys}
+            case "from_list", [ast.List(elts=[ast.Dict(keys=keys), *_])]:
+                return {str(self.constant(key)) for key in keys}
+            case "from_dict", [ast.Dict(keys=keys)]:
+                return {str(self.constant(key)) for key in keys}
+            case "rename_column", [old, new]:
+                before = self.columns_of(node.func.value, depth - 1)
+                if before is not None:
+                    return before - {self.constant(old)} | {str(self.constant(new))}
+            case "select" | "shuffle", _:
+                return self.columns_of(node.func.value, depth - 1)
+        return None
 
     @cached_property
     def columns(self) -> dict[str, tuple[ast.AST, ast.AST | None]]:
@@ -111,6 +148,12 @@ class Reading:
         if isinstance(node, ast.Name):
             node = self.program.binding(node.id, node)[0]
         return node if isinstance(node, ast.FunctionDef | ast.Lambda) else None
+
+    def is_cache(self, node: ast.AST) -> bool:
+        """Whether an expression is a model's cache of keys and values."""
+        if isinstance(node, ast.Name):
+            node = self.program.binding(node.id, node)[0]
+        return isinstance(node, ast.Attribute) and node.attr == "past_key_values"
 
     def is_within(self, node: ast.AST, method: str) -> bool:
         """Whether a node stands in a `with thing.method():`."""
@@ -179,15 +222,62 @@ def strings_without_template(code: Reading) -> Iterator[Hit]:
 
 @pattern
 def formatting_function(code: Reading) -> Iterator[Hit]:
-    """A formatting function of a batch, or one that is not asked."""
+    """A formatting function of a batch, or one that is refused or not asked."""
     for _, words in code.named("SFTTrainer"):
         if "formatting_func" not in words:
             continue
         place, function = words["formatting_func"], code.function(words["formatting_func"])
+        columns = code.columns_of(words.get("train_dataset"))
+        columns = code.columns.keys() if columns is None else columns
         if isinstance(function, ast.FunctionDef) and _handles_a_batch(function):
             yield Hit(place, "fails", "formatter_batched", "formatting_func")
-        elif {"prompt", "messages"} & code.columns.keys():
+        elif {"prompt", "completion"} <= columns and not code.trains_all_tokens:
+            yield Hit(place, "fails", "formatter_refused", "formatting_func")
+        elif columns >= {"prompt"} and code.columns_of(words.get("train_dataset")) is not None:
+            yield Hit(place, "fails", "prompt_alone", "formatting_func")
+        elif {"prompt", "messages"} & columns:
             yield Hit(place, "silent", "formatter_ignored", "formatting_func")
+
+
+@pattern
+def columns_without_a_meaning(code: Reading) -> Iterator[Hit]:
+    """Rows none of whose columns the trainer reads."""
+    for _, words in code.named("SFTTrainer"):
+        place = words.get("train_dataset")
+        columns = code.columns_of(place)
+        if place is None or not columns or "formatting_func" in words:
+            continue
+        named = "dataset_text_field" in (_config_of(code, words) or {})
+        read = {"text", "messages", "prompt", "input_ids", "images", "image"}
+        if not read & columns and not named:
+            word = "conversations" if "conversations" in columns else "train_dataset"
+            yield Hit(place, "fails", "no_text_column", word)
+
+
+@pattern
+def collators(code: Reading) -> Iterator[Hit]:
+    """A collator that cannot pad the labels that trl now makes, or one beside packing."""
+    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+
+    for _, words in code.named("SFTTrainer"):
+        place = words.get("data_collator")
+        if not isinstance(place, ast.keyword) or code.constant(place.value) is not None:
+            continue
+        value = code.program.value(place.value)
+        plain = (DataCollatorForLanguageModeling, DataCollatorWithPadding)
+        if code.constant((_config_of(code, words) or {}).get("packing")) is True:
+            yield Hit(place, "fails", "collator_and_packing", "data_collator")
+        elif isinstance(value, Instance) and value.kind in plain:
+            yield Hit(place, "fails", "unequal_rows", "data_collator")
+
+
+def _config_of(code: Reading, words: dict[str, ast.AST]) -> dict[str, ast.AST] | None:
+    """The keywords of a trainer's config; None where they cannot be seen."""
+    given = words.get("args")
+    node = given.value if isinstance(given, ast.keyword) else None
+    if isinstance(node, ast.Name):
+        node = code.program.binding(node.id, node)[0]
+    return _calls.words_of(code.program, node)[0] if isinstance(node, ast.Call) else None
 
 
 def _handles_a_batch(function: ast.FunctionDef) -> bool:
@@ -267,6 +357,10 @@ def _as_what(around: ast.AST, inner: ast.AST) -> str:
         case ast.Call(func=ast.Name(id="len")):
             return "changed"
         case ast.Subscript(value=value) if value is inner:
+            return "changed"
+        case ast.ListComp(elt=value) if value is inner:
+            return "changed"
+        case ast.Call(func=ast.Attribute(attr="append")) | ast.Dict():
             return "changed"
     return "other"
 
@@ -367,11 +461,11 @@ def packing(code: Reading) -> Iterator[Hit]:
 @pattern
 def settings_that_changed(code: Reading) -> Iterator[Hit]:
     """SFTConfig's own defaults: bfloat16 and checkpointing are on."""
-    number_formats = {"bf16", "fp16", "use_cpu"}
     for node, words in code.named("SFTConfig"):
-        if _calls.words_of(code.program, node)[1] and not number_formats & words.keys():
+        chosen = "bf16" in words or "use_cpu" in words
+        chosen |= "fp16" in words and code.constant(words["fp16"]) is not False
+        if _calls.words_of(code.program, node)[1] and not chosen:
             yield Hit(node, "silent", "sft_defaults", "bf16")
-            return  # once is enough
 
 
 @pattern
@@ -398,6 +492,27 @@ def int8_checkpointing(code: Reading) -> Iterator[Hit]:
 
 
 @pattern
+def trackers_that_are_missing(code: Reading) -> Iterator[Hit]:
+    """A report to a program that is not installed."""
+    for _, words in code.named("SFTConfig", "TrainingArguments", "DPOConfig"):
+        place = words.get("report_to")
+        value = place.value if isinstance(place, ast.keyword) else None
+        asked = value.elts if isinstance(value, ast.List) else [value] if value else []
+        for one in asked:
+            name = code.constant(one)
+            if place is not None and name in _TRACKERS and find_spec(name) is None:
+                yield Hit(place, "fails", "reporter_missing", "report_to", needs=name)
+
+
+@pattern
+def optimizer_of_torchao(code: Reading) -> Iterator[Hit]:
+    """torchao's small optimizers have left the prototypes."""
+    for node in code.nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "torchao.prototype.low_bit_optim":
+            yield Hit(node, "fails", "torchao_optimizer", node.module)
+
+
+@pattern
 def silent_trackers(code: Reading) -> Iterator[Hit]:
     """Weights & Biases imported and never named: it is not reported to by default."""
     wandb = [n for n in code.nodes if isinstance(n, ast.Import) and n.names[0].name == "wandb"]
@@ -409,6 +524,27 @@ def silent_trackers(code: Reading) -> Iterator[Hit]:
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────
+@pattern
+def always_safetensors(code: Reading) -> Iterator[Hit]:
+    """Weights are saved in one format."""
+    for node, words in code.named("save_pretrained", "save_model"):
+        place = words.get("safe_serialization")
+        if place is not None and code.constant(place) is False:
+            yield Hit(place, "silent", "always_safetensors", "safe_serialization")
+
+
+@pattern
+def tokens_that_are_not_listed(code: Reading) -> Iterator[Hit]:
+    """The additional special tokens have a place of their own."""
+    old = "additional_special_tokens"
+    if not any(old in (getattr(n, "attr", ""), getattr(n, "value", "")) for n in code.nodes):
+        return
+    for node in code.nodes:
+        if isinstance(node, ast.Attribute) and node.attr == "special_tokens_map":
+            if isinstance(code.program.value(node.value), Instance):
+                yield Hit(node, "silent", "special_tokens_map", "special_tokens_map")
+
+
 @pattern
 def stored_dtype(code: Reading) -> Iterator[Hit]:
     """A model loaded without a dtype: float32 it was, the checkpoint's own it is."""
@@ -463,9 +599,12 @@ def tuples_of_keys_and_values(code: Reading) -> Iterator[Hit]:
     """The cache of keys and values is an object; it was a tuple for each layer."""
     for node in code.nodes:
         match node:
-            case ast.Subscript(value=ast.Attribute(attr="past_key_values"), slice=index):
+            case ast.Subscript(value=value, slice=index) if code.is_cache(value):
                 if not isinstance(index, ast.Constant) or isinstance(index.value, int):
                     yield Hit(node, "fails", "cache_is_an_object", "past_key_values")
+            case ast.Attribute(attr="key_cache" | "value_cache" as name, value=value):
+                if code.is_cache(value):
+                    yield Hit(node, "fails", "cache_is_an_object", name)
 
 
 @pattern
