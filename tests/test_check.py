@@ -97,13 +97,34 @@ FAILS = [
 ]
 FAILS += [
     (
+        "b = TrainingArguments('out', report_to=None, use_cpu=True)\n"
+        "Trainer(model, args=b, train_dataset=ids)",
+        "report_to",
+    ),
+    (
+        "from trl import DPOTrainer\nb = TrainingArguments('out', report_to='none', use_cpu=True)\n"
+        "DPOTrainer(model, args=b, train_dataset=rows, processing_class=tokenizer)",
+        "args",
+    ),
+    (
+        "b = TrainingArguments('out', eval_strategy='steps', report_to='none', use_cpu=True)\n"
+        "Trainer(model, args=b, train_dataset=ids)",
+        "eval_dataset",
+    ),
+    (
+        "from peft import set_peft_model_state_dict\nmodel = get_peft_model(model, c)\n"
+        "model = set_peft_model_state_dict(model, {})\nmodel.print_trainable_parameters()",
+        "set_peft_model_state_dict",
+    ),
+    (
         "from transformers import DynamicCache\nDynamicCache.from_legacy_cache(x)",
         "from_legacy_cache",
     ),
     ("past = model(x, use_cache=True).past_key_values\npast.key_cache", "key_cache"),
     ("model.prune_heads({})", "prune_heads"),
     (
-        f"d = SFTConfig('o', use_cpu=True, bf16=False, report_to='none', packing=True, packing_strategy='bfd')\n"
+        "d = SFTConfig('o', use_cpu=True, bf16=False, report_to='none', packing=True,"
+        " packing_strategy='bfd')\n"
         f"{TRAINS.replace('args=a', 'args=d')}, data_collator=print)",
         "data_collator",
     ),
@@ -119,7 +140,8 @@ FAILS += [
         "conversations",
     ),
     (
-        "from datasets import Dataset\nrows = Dataset.from_list([{'prompt': 'a', 'answer': 'b'}] * 4)\n"
+        "from datasets import Dataset\n"
+        "rows = Dataset.from_list([{'prompt': 'a', 'answer': 'b'}] * 4)\n"
         f"{TRAINS}, formatting_func=lambda row: row['answer'])",
         "formatting_func",
     ),
@@ -148,7 +170,7 @@ SLIPS = [
 
 @pytest.mark.parametrize(("source", "word"), FAILS + SLIPS, ids=[s for s, _ in FAILS + SLIPS])
 def test_what_fails_is_named(source, word):
-    found = check.cell(IMPORTS + source)
+    found = check.cell(IMPORTS + source, old=False)
     assert [(f.kind, f.word) for f in found] == [("fails", word)], found
 
 
@@ -190,7 +212,7 @@ def names(tmp_path_factory):
 @pytest.mark.parametrize("source", [source for source, _ in FAILS + SLIPS])
 def test_it_fails_so_when_it_is_run(source, names, monkeypatch):
     monkeypatch.chdir(names["folder"])
-    (found,) = check.cell(IMPORTS + source)
+    (found,) = check.cell(IMPORTS + source, old=False)
     with pytest.raises(Exception) as raised:
         exec(IMPORTS + source, dict(names, __name__="__main__"))
     assert doctor.explain(raised.value).name == found.symptom, repr(raised.value)
@@ -198,7 +220,7 @@ def test_it_fails_so_when_it_is_run(source, names, monkeypatch):
 
 @pytest.mark.parametrize("source", [source for source, _ in FAILS])
 def test_what_fails_is_explained(source):
-    (found,) = check.cell(IMPORTS + source)
+    (found,) = check.cell(IMPORTS + source, old=False)
     assert found.symptom != doctor.UNKNOWN.name
     assert found.symptom not in ("import_gone", "other_keyword"), "a cure of its own, please"
 
@@ -215,6 +237,15 @@ OTHER = [
     ("warns", "load_dataset('x', split='train', trust_remote_code=True)", "trust_remote_code"),
     ("silent", "AutoModelForCausalLM.from_pretrained('facebook/opt-350m')", "dtype"),
     ("silent", "SFTConfig('out')", "bf16"),
+    ("silent", "TrainingArguments('out')", "report_to"),
+    ("silent", "tokenizer.add_eos_token = True", "add_eos_token"),
+    ("silent", "path = 'out/adapter_model.bin'", "adapter_model.bin"),
+    (
+        "silent",
+        "q = BitsAndBytesConfig(load_in_4bit=True)\n"
+        "SFTTrainer(model, train_dataset=rows, peft_config=c)",
+        "model",
+    ),
     ("silent", "SFTConfig('out', bf16=True, packing=True)", "packing"),
     ("silent", "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_type='nf4')", "bnb_4bit_type"),
     ("silent", "tokenizer('a', pad_to_max_length=True)", "pad_to_max_length"),
@@ -230,12 +261,14 @@ OTHER = [
     ("silent", "n = len(tokenizer.apply_chat_template(t))", "apply_chat_template"),
     (
         "silent",
-        "SFTTrainer(model, train_dataset=rows)\nrows.map(lambda r: {'prompt': r['q'], 'completion': r['a']})",
+        "SFTTrainer(model, train_dataset=rows)\n"
+        "rows.map(lambda r: {'prompt': r['q'], 'completion': r['a']})",
         "completion",
     ),
     (
         "silent",
-        "rows.map(lambda r: {'prompt': r['q']})\nSFTTrainer(model, train_dataset=rows, formatting_func=f)",
+        "rows.map(lambda r: {'messages': r['q']})\n"
+        "SFTTrainer(model, train_dataset=rows, formatting_func=f)",
         "formatting_func",
     ),
     (
@@ -245,7 +278,8 @@ OTHER = [
     ),
     (
         "silent",
-        "text = tokenizer.apply_chat_template(t, tokenize=False)\nSFTTrainer(model, train_dataset=rows)\n"
+        "text = tokenizer.apply_chat_template(t, tokenize=False)\n"
+        "SFTTrainer(model, train_dataset=rows)\n"
         "SFTConfig('out', bf16=True, dataset_text_field='text')",
         "dataset_text_field",
     ),
@@ -255,9 +289,33 @@ OTHER = [
 
 @pytest.mark.parametrize(("kind", "source", "word"), OTHER, ids=[source for _, source, _ in OTHER])
 def test_what_warns_moved_or_changed_its_meaning_is_named(kind, source, word):
-    found = check.cell(IMPORTS + source)
+    found = check.cell(IMPORTS + source, old=True)
     assert [(f.kind, f.word) for f in found] == [(kind, word)], found
     assert found[0].symptom in doctor.SYMPTOMS
+
+
+def test_other_defaults_are_told_of_old_code_only():
+    today = IMPORTS + "SFTConfig('out', packing=True)"
+    assert not check.cell(today)
+    for sign in ("from trl import setup_chat_format", "!pip install trl==0.12.1"):
+        found = check.cell(f"{today}\n{sign}")
+        assert {"bf16", "packing"} <= {f.word for f in found}
+        assert {"bf16", "packing"} & {
+            f.word for f in check.cell(f"{today}\n{sign}", old=False)
+        } == set()
+
+
+def test_names_that_nothing_binds_are_named_in_a_file_alone(tmp_path):
+    text = "from trl import *\nprint(nowhere)\n"
+    path = tmp_path / "a.py"
+    path.write_text("model = AutoModelForCausalLM.from_pretrained('x', load_in_4bit=True)\n")
+    words = {f.word for f in check.notebook(path)}
+    assert words == {"AutoModelForCausalLM", "load_in_4bit"}
+    path.write_text(text)
+    assert not check.notebook(path)
+    path.write_text(text.splitlines()[1])
+    assert [f.word for f in check.notebook(path)] == ["nowhere"]
+    assert not check.cell("print(nowhere)")
 
 
 SOUND = [
@@ -267,6 +325,7 @@ SOUND = [
     "AutoModelForCausalLM.from_pretrained('x', dtype='auto', device_map='cpu')",
     "AutoModelForCausalLM.from_pretrained('x', dtype=1, use_cache=False, num_labels=3)",
     "AutoModelForCausalLM.from_pretrained('gpt2', low_cpu_mem_usage=True)",
+    "AutoModelForCausalLM.from_pretrained('x', torch_dtype='auto')",
     "model.generate(input_ids=1, attention_mask=2, max_new_tokens=9, do_sample=False)",
     "model(input_ids=1, labels=2)\nmodel.own_layer\nmodel.eval().save_pretrained('x')",
     "from pathlib import Path\nmodel = Path('a')\nmodel.write_bytes(b'')",
@@ -277,7 +336,8 @@ SOUND = [
     "x = tokenizer.apply_chat_template(t, return_tensors='pt')\nmodel.generate(**x)",
     "x = tokenizer.apply_chat_template(t, return_dict=False)\nmodel.generate(x)",
     "rows = load_dataset('x', split='train')\ntokenizer(list(rows['text']))",
-    "rows.map(lambda r: {'prompt': f'Q: {r[0]} A:', 'completion': r[1]})\nSFTTrainer(model, train_dataset=rows)",
+    "rows.map(lambda r: {'prompt': f'Q: {r[0]} A:', 'completion': r[1]})\n"
+    "SFTTrainer(model, train_dataset=rows)",
     "!pip install nowhere-at-all\nimport nowhere_at_all",
     "import os, sys\nos.path.join(sys.argv[0])",
     "from trl import setup_chat_format  # on purpose",
@@ -361,7 +421,7 @@ def test_code_of_today_is_left_alone(source):
 def ours():
     root = notebooks.root()
     files = sorted((root / "helpers").rglob("*.py"))
-    yield from (path for path in files if path.name != "_shell.py")  # it lists old names
+    yield from (path for path in files if path.name not in ("_shell.py", "_llamacpp.py"))
     yield from map(notebooks.find, notebooks.written())
 
 
@@ -376,14 +436,17 @@ def test_nothing_of_ours_is_old(path):
 OLD = """\
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
-model = AutoModelForCausalLM.from_pretrained("x", torch_dtype="auto")
+model = AutoModelForCausalLM.from_pretrained("x", torch_dtype="float32")
 settings = SFTConfig(
     output_dir="é out",
     max_seq_length=512,
     logging_dir="./logs",
     bf16=True, evaluation_strategy="steps")
-trainer = SFTTrainer(model, args=settings, train_dataset=rows, tokenizer=tokenizer)
+trainer = SFTTrainer(model, settings, None, rows, rows, tokenizer=tokenizer)
 """
+
+
+HAVE = "rows = tokenizer = None"
 
 
 def notebook(folder, *cells, name="old.ipynb"):
@@ -395,7 +458,7 @@ def notebook(folder, *cells, name="old.ipynb"):
 
 
 def test_places_are_those_of_the_cells(tmp_path):
-    path = notebook(tmp_path, "!pip install -q trl\nimport trl", OLD, "%time x = 1\n!ls\ny = (")
+    path = notebook(tmp_path, f"!pip install -q trl\n{HAVE}", OLD, "%time x = 1\n!ls\ny = (")
     found = check.notebook(path)
     assert [(f.cell, f.line, f.word) for f in found] == [
         (2, 3, "torch_dtype"),
@@ -465,7 +528,7 @@ def test_findings_show_themselves():
 
 # ── the command ──────────────────────────────────────────────────────────────────────────
 def test_the_command_says_what_it_found(tmp_path, capsys):
-    path = notebook(tmp_path, OLD)
+    path = notebook(tmp_path, HAVE, OLD)
     assert main(["check", str(path)]) == 1
     assert "max_seq_length" in capsys.readouterr().out
     assert main(["check", str(path), "--kinds", "silent,moved"]) == 0
@@ -481,9 +544,9 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["ipynb", "py"])
 def test_the_copy_has_the_new_names(form, tmp_path, capsys):
-    path = notebook(tmp_path, "x = 1", OLD) if form == "ipynb" else tmp_path / "old.py"
+    path = notebook(tmp_path, HAVE, OLD) if form == "ipynb" else tmp_path / "old.py"
     if form == "py":
-        path.write_text(OLD, encoding="utf-8")
+        path.write_text(f"{HAVE}\n{OLD}", encoding="utf-8")
     before = path.read_bytes()
     copy = tmp_path / f"new.{form}"
     assert main(["check", str(path), "--fix", str(copy)]) == 1
@@ -493,7 +556,7 @@ def test_the_copy_has_the_new_names(form, tmp_path, capsys):
     text = copy.read_text("utf-8")
     if form == "ipynb":
         text = nbformat.read(copy, as_version=4).cells[-1].source + "\n"
-    assert text == OLD.replace("torch_dtype", "dtype").replace(
+    assert text.removeprefix(f"{HAVE}\n") == OLD.replace("torch_dtype", "dtype").replace(
         "max_seq_length", "max_length"
     ).replace('    logging_dir="./logs",\n', "").replace("evaluation_s", "eval_s").replace(
         "tokenizer=", "processing_class="

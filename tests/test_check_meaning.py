@@ -11,11 +11,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizerFast,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
@@ -125,6 +129,45 @@ def test_special_tokens_map(tokenizer):
     own.add_special_tokens({"additional_special_tokens": ["<|note|>"]})
     assert "<|note|>" not in str(own.special_tokens_map)
     assert "<|note|>" in own.extra_special_tokens
+
+
+def test_adapter_bfloat16(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    four_bits = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        device_map="cpu",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+    )
+    settings = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = SFTTrainer(
+        four_bits,
+        args=settings,
+        train_dataset=Dataset.from_list([{"text": "a"}]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(),
+    )
+    adapter = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapter} == {torch.bfloat16}
+
+
+def test_add_eos_token(tmp_path):
+    words = {"<s>": 0, "</s>": 1, "a": 2}
+    made = Tokenizer(WordLevel(words, unk_token="<s>"))
+    frame = {"single": "<s> $A", "special_tokens": [("<s>", 0)]}
+    made.post_processor = processors.TemplateProcessing(**frame)
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    own = LlamaTokenizerFast(tokenizer_object=made, **ends)
+    own.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    ended = AutoTokenizer.from_pretrained(tmp_path, add_eos_token=True)
+    assert plain("a").input_ids == [0, 2]
+    assert ended("a").input_ids == [2, 1]
+
+
+def test_bin_files(model, tmp_path):
+    get_peft_model(model, LoraConfig()).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.bin"))
 
 
 def test_template_returns_dict(tokenizer):

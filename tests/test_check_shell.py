@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.course import check, doctor, notebooks
-from helpers.course.check import _shell, _source
+from helpers.course.check import _llamacpp, _packages, _shell, _source
 from helpers.serving import llamacpp
 
 HUB, COMPILE = ("fails", "huggingface_cli"), ("fails", "makefile")
@@ -307,7 +307,7 @@ INSTALLS = [
 
 @pytest.mark.parametrize(("line", "names"), INSTALLS)
 def test_what_a_line_installs(line, names):
-    assert _shell.installed(line) == names
+    assert _packages.installed(line) == names
 
 
 @pytest.mark.parametrize(
@@ -327,25 +327,25 @@ def test_what_a_line_installs(line, names):
     ],
 )
 def test_an_import_has_the_name_of_its_distribution(imported, distribution):
-    assert _shell.canonical(imported) == distribution
-    assert _shell.canonical(distribution) == distribution
+    assert _packages.canonical(imported) == distribution
+    assert _packages.canonical(distribution) == distribution
 
 
 def test_a_pin_that_would_replace_what_is_installed_is_worth_knowing():
     here = metadata.version("trl")
-    (note,) = _shell.notes("pip install -q trl==0.7.4 'transformers<4.40' peft")
+    (note,) = _packages.notes("pip install -q trl==0.7.4 'transformers<4.40' peft")
     assert note.startswith(f"trl==0.7.4 (here {here}), transformers<4.40 (here ")
     assert "peft" not in note and "would replace" in note and "drop the pin" in note
-    (note,) = _shell.notes("pip install git+https://github.com/huggingface/peft.git")
+    (note,) = _packages.notes("pip install git+https://github.com/huggingface/peft.git")
     assert note.startswith("peft from its repository (here ")
     for name in ("unsloth", "autotrain-advanced"):
-        (note,) = _shell.notes(f"pip install {name}")
+        (note,) = _packages.notes(f"pip install {name}")
         assert "an environment of its own" in note
     for line in (
         "text-generation-launcher --model-id gpt2",
         "docker run ghcr.io/huggingface/text-generation-inference:3.3 --model-id gpt2",
     ):
-        (note,) = _shell.notes(line)
+        (note,) = _packages.notes(line)
         assert "archived" in note
     for line in (
         f"pip install trl=={here}",
@@ -354,7 +354,7 @@ def test_a_pin_that_would_replace_what_is_installed_is_worth_knowing():
         "pip install 'trl==nonsense'",
         "ls",
     ):
-        assert _shell.notes(line) == []
+        assert _packages.notes(line) == []
 
 
 # ── odd input ────────────────────────────────────────────────────────────────────────────
@@ -384,7 +384,7 @@ def test_nothing_raises(line):
     session = _shell.Session()
     for found in (session.hits(line), session.hits(line), _shell.in_text(line)):
         assert all(len(hit) == 3 for hit in found)
-    assert isinstance(_shell.installed(line), set) and isinstance(_shell.notes(line), list)
+    assert isinstance(_packages.installed(line), set) and isinstance(_packages.notes(line), list)
 
 
 # ── our own pages ────────────────────────────────────────────────────────────────────────
@@ -422,10 +422,10 @@ def test_the_options_are_gone_from_llamacpp(source):
     text = (source / "common" / "arg.cpp").read_text("utf-8")
     known = set(re.findall(r'"(-[\w-]+)"', text))
     assert {"-m", "--flash-attn", "--load-mode"} <= known
-    assert not known & set(_shell.OPTIONS)
-    for option in _shell.NEEDS_VALUE:
+    assert not known & set(_llamacpp.OPTIONS)
+    for option in _llamacpp.NEEDS_VALUE:
         assert re.search(rf'"{option}"[^}}]*}}, *"\[on\|off\|auto\]"', text), option
-    for program, options in _shell.OPTIONS_OF_OTHERS.items():
+    for program, options in _llamacpp.OPTIONS_OF_OTHERS.items():
         tools = source / "tools"
         theirs = (tools / program.removeprefix("llama-") / "README.md").read_text("utf-8")
         others = (tools / "completion" / "README.md").read_text("utf-8")
@@ -438,18 +438,18 @@ def test_the_programs_have_their_names_from_cmake(source):
     files = [*source.glob("tools/*/CMakeLists.txt"), *source.glob("examples/*/CMakeLists.txt")]
     text = "\n".join(file.read_text("utf-8") for file in files)
     targets = set(re.findall(r"(?:TARGET|add_executable\()\s*([\w-]+)", text))
-    assert {today for today in _shell.PROGRAMS.values() if today} <= targets
-    assert not targets & _shell.PROGRAMS.keys()
+    assert {today for today in _llamacpp.PROGRAMS.values() if today} <= targets
+    assert not targets & _llamacpp.PROGRAMS.keys()
 
 
 def test_the_options_of_the_build_are_old(source):
     text = (source / "CMakeLists.txt").read_text("utf-8")
     kinds = {name: kind for kind, name in re.findall(r"llama_option_depr\((\w+) +(\w+)", text)}
-    assert {kinds[name] for name in _shell.BUILD_OPTIONS["fails"]} == {"FATAL_ERROR"}
-    assert {kinds[name] for name in _shell.BUILD_OPTIONS["warns"]} == {"WARNING"}
+    assert {kinds[name] for name in _llamacpp.BUILD_OPTIONS["fails"]} == {"FATAL_ERROR"}
+    assert {kinds[name] for name in _llamacpp.BUILD_OPTIONS["warns"]} == {"WARNING"}
     files = [*source.rglob("CMakeLists.txt"), *source.rglob("*.cmake")]
     everything = "\n".join(file.read_text("utf-8", "replace") for file in files)
-    for name in _shell.BUILD_OPTIONS["silent"]:
+    for name in _llamacpp.BUILD_OPTIONS["silent"]:
         assert not re.search(rf"\b{name}\b", everything), name
 
 
@@ -457,19 +457,19 @@ def test_the_converters_have_other_names(source):
     scripts = [path.relative_to(source).as_posix() for path in source.rglob("*.py")]
     top = [name for name in scripts if name.split("/")[-1].startswith("convert")]
     assert "convert_hf_to_gguf.py" in top and "convert_lora_to_gguf.py" in top
-    assert not [name for name in top if _shell.SCRIPT.fullmatch(name.split("/")[-1])]
+    assert not [name for name in top if _llamacpp.SCRIPT.fullmatch(name.split("/")[-1])]
     assert "convert.py" not in scripts
     assert not any(name.startswith("gguf-py/scripts/") for name in scripts)
     wanted = [path.name for path in (source / "requirements").iterdir()]
-    assert wanted and not any(map(_shell.SCRIPT_REQUIREMENTS.fullmatch, wanted))
+    assert wanted and not any(map(_llamacpp.SCRIPT_REQUIREMENTS.fullmatch, wanted))
     text = (source / "convert_hf_to_gguf.py").read_text("utf-8")
-    assert str(list(_shell.OUTTYPES)).replace("'", '"') in text
-    assert not [name for name in _shell.SCRIPT_OPTIONS if f'"{name}"' in text]
+    assert str(list(_llamacpp.OUTTYPES)).replace("'", '"') in text
+    assert not [name for name in _llamacpp.SCRIPT_OPTIONS if f'"{name}"' in text]
 
 
 def test_the_tools_are_no_examples_any_more(source):
     assert (source / "tools" / "server").is_dir() and (source / "examples").is_dir()
-    assert not [name for name in _shell.TOOLS if (source / "examples" / name).exists()]
+    assert not [name for name in _llamacpp.TOOLS if (source / "examples" / name).exists()]
 
 
 def test_the_installed_packages_have_no_such_programs():

@@ -1,12 +1,13 @@
 """Runs these notebooks' cells on whatever is installed, and says which fail.
 
-    python tests/era2024/prove.py run old.json --beside     with an interpreter of 2024
-    python tests/era2024/prove.py run new.json              with today's
+    python tests/era2024/prove.py run old.json --beside   with those of 2024
+    python tests/era2024/prove.py run new.json            with today's
     python tests/era2024/prove.py compare old.json new.json
 
-A cell that fails for one keyword or one name is run again without it, so that the next fault
-of the same cell is seen, too. What fails only because an earlier cell did is told as such.
---beside: helper_functions.py lies beside the notebooks, as it did then.
+A cell that fails for one keyword or one name is run again without it, so that
+the next fault of the same cell is seen, too. What fails only because an earlier
+cell did is told as such. --beside: helper_functions.py lies beside the
+notebooks, as it did then.
 The versions of 2024 that resolve together stand in requirements-2024.txt.
 """
 
@@ -28,13 +29,18 @@ HERE = Path(__file__).resolve().parent
 BESIDE = HERE / "beside"
 SHELL = re.compile(r"^\s*(?:[\w., ]+=\s*)?[!%]")
 RENAMED = {
-    "SFTConfig": {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"},
+    "SFTConfig": {
+        "max_seq_length": "max_length",
+        "evaluation_strategy": "eval_strategy",
+    },
     "SFTTrainer": {"tokenizer": "processing_class"},
 }
 TRIES = 12
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n"
+    "{% else %}{{ eos_token }}{% endif %}"
 )
 SENTENCES = (
     "The train to the coast leaves early and arrives late in the evening.",
@@ -45,18 +51,33 @@ SENTENCES = (
 
 
 def make_base(folder):
-    """A tiny Llama of random bfloat16 weights with a tokenizer and a chat template."""
+    """A tiny Llama of random bfloat16 weights, a tokenizer and a template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
-    special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    special = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+    ]
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     raw.train_from_iterator(SENTENCES, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -104,18 +125,28 @@ def python_of(source):
 
 
 class Without(ast.NodeTransformer):
-    """Takes one keyword out of all calls, renames or adds it; takes one imported name out."""
+    """Takes a keyword out of all calls, or a name out of all imports."""
 
     def __init__(self, keyword=None, new=None, name=None, on_cpu=False):
-        self.keyword, self.new, self.name, self.on_cpu = keyword, new, name, on_cpu
+        self.keyword, self.new, self.name, self.on_cpu = (
+            keyword,
+            new,
+            name,
+            on_cpu,
+        )
         self.done = False
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        if self.on_cpu and getattr(node.func, "id", "") in ("SFTConfig", "TrainingArguments"):
+        if self.on_cpu and getattr(node.func, "id", "") in (
+            "SFTConfig",
+            "TrainingArguments",
+        ):
             node.keywords.append(ast.keyword("use_cpu", ast.Constant(True)))
             self.done = True
-        for word in [w for w in node.keywords if w.arg == self.keyword and self.keyword]:
+        for word in [
+            w for w in node.keywords if w.arg == self.keyword and self.keyword
+        ]:
             self.done = True
             if self.new:
                 word.arg = self.new
@@ -124,7 +155,9 @@ class Without(ast.NodeTransformer):
         return node
 
     def visit_ImportFrom(self, node):
-        if self.name and (self.name == node.module or node.module.startswith(f"{self.name}.")):
+        if self.name and (
+            self.name == node.module or node.module.startswith(f"{self.name}.")
+        ):
             self.done = True
             return ast.Pass()
         kept = [alias for alias in node.names if alias.name != self.name]
@@ -144,12 +177,17 @@ def mended(source, error):
         change = Without(on_cpu=True)
     elif "is not a valid OptimizerNames" in text:
         change = Without(keyword="optim")
-    elif isinstance(error, ModuleNotFoundError) and error.name == "helper_functions":
+    elif (
+        isinstance(error, ModuleNotFoundError)
+        and error.name == "helper_functions"
+    ):
         sys.path.insert(0, str(BESIDE))
         return source
     elif isinstance(error, ModuleNotFoundError):
         change = Without(name=error.name)
-    elif isinstance(error, ImportError) and (m := re.search(r"cannot import name '(\w+)'", text)):
+    elif isinstance(error, ImportError) and (
+        m := re.search(r"cannot import name '(\w+)'", text)
+    ):
         change = Without(name=m[1])
     else:
         return None
@@ -175,16 +213,24 @@ def short(error):
 
 
 def run_cell(source, names, lost):
-    """Errors, warnings and output of one cell; what it needs of a failed one is added to lost."""
+    """Errors, warnings, output of a cell; names it fails to make go to lost."""
     from transformers.utils import logging as theirs
 
-    getattr(theirs.warning_once, "cache_clear", list)()  # each cell hears it anew
+    getattr(
+        theirs.warning_once, "cache_clear", list
+    )()  # each cell hears it anew
     errors, said, output = [], Said(), io.StringIO()
-    watched = [logging.getLogger(name) for name in ("transformers", "trl", "peft", "accelerate")]
+    watched = [
+        logging.getLogger(name)
+        for name in ("transformers", "trl", "peft", "accelerate")
+    ]
     for logger in watched:
         logger.addHandler(said)
     code = python_of(source)
-    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(output):
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        contextlib.redirect_stdout(output),
+    ):
         warnings.simplefilter("always")
         for _ in range(TRIES):
             try:
@@ -202,7 +248,11 @@ def run_cell(source, names, lost):
     for logger in watched:
         logger.removeHandler(said)
     if errors:
-        bound = {n.id for n in ast.walk(ast.parse(python_of(source))) if isinstance(n, ast.Name)}
+        bound = {
+            n.id
+            for n in ast.walk(ast.parse(python_of(source)))
+            if isinstance(n, ast.Name)
+        }
         imported = {
             (a.asname or a.name)
             for n in ast.walk(ast.parse(python_of(source)))
@@ -210,8 +260,13 @@ def run_cell(source, names, lost):
             for a in n.names
         }
         lost |= (bound | imported) - set(names)
-    heard = [f"{w.category.__name__}: {str(w.message).splitlines()[0][:200]}" for w in caught]
-    heard += [f"log: {line.splitlines()[0][:200]}" for line in said.lines if line]
+    heard = [
+        f"{w.category.__name__}: {str(w.message).splitlines()[0][:200]}"
+        for w in caught
+    ]
+    heard += [
+        f"log: {line.splitlines()[0][:200]}" for line in said.lines if line
+    ]
     return {
         "errors": errors,
         "warnings": list(dict.fromkeys(heard)),
@@ -243,7 +298,9 @@ def run(names, beside):
                 print(f"{path.stem} [{number}] {error}", file=sys.stderr)
             took = time.perf_counter() - began
             if took > 5:
-                print(f"{path.stem} [{number}] took {took:.1f} s", file=sys.stderr)
+                print(
+                    f"{path.stem} [{number}] took {took:.1f} s", file=sys.stderr
+                )
         results[path.stem] = told
     return results
 
@@ -253,7 +310,15 @@ def versions():
     from importlib import metadata
 
     found = {}
-    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"):
+    for name in (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
@@ -272,7 +337,8 @@ def compare(old, new):
                 if line not in then["warnings"]:
                     print(f"{place} warns now: {line}")
             if then["output"] != now["output"] != "":
-                print(f"{place} output then:\n{then['output']}{place} output now:\n{now['output']}")
+                print(f"{place} output then:\n{then['output']}")
+                print(f"{place} output now:\n{now['output']}")
 
 
 def main():
@@ -288,13 +354,24 @@ def main():
     comparing.add_argument("new", type=Path)
     told = parser.parse_args()
     if told.do == "compare":
-        compare(*(json.loads(path.read_text("utf-8")) for path in (told.old, told.new)))
+        compare(
+            *(
+                json.loads(path.read_text("utf-8"))
+                for path in (told.old, told.new)
+            )
+        )
         return
     out = told.out.resolve()
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_DISABLED="true")
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        WANDB_DISABLED="true",
+    )
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="era2024-home-")
     found = {"versions": versions(), "notebooks": run(told.names, told.beside)}
-    out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    out.write_text(
+        json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8"
+    )
 
 
 if __name__ == "__main__":

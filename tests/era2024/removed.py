@@ -1,11 +1,12 @@
-"""Writes helpers/course/check/removed.txt: methods of 2023 and 2024 that have gone.
+"""Writes helpers/course/check/removed.txt: methods of 2023 and 2024 now gone.
 
-    python tests/era2024/removed.py names then.json           with interpreters of those years
-    python tests/era2024/removed.py names now.json            with today's
+    python tests/era2024/removed.py names then.json    with versions of then
+    python tests/era2024/removed.py names now.json     with today's
     python tests/era2024/removed.py write now.json then.json older.json
 
-Run by hand, when a pin moves. A name is written when a class had such a method then and
-neither that class nor any other in the list has it now. Properties are not methods.
+Run by hand, when a pin moves. A name is written when a class had such a method
+then and neither that class nor any other in the list has it now. Properties are
+not methods.
 """
 
 import argparse
@@ -51,7 +52,9 @@ def methods(thing):
             kept = inspect.getattr_static(thing, name)
         except AttributeError:
             continue
-        if isinstance(kept, (staticmethod, classmethod)) or inspect.isroutine(kept):
+        if isinstance(kept, (staticmethod, classmethod)) or inspect.isroutine(
+            kept
+        ):
             found.add(name)
     return sorted(found)
 
@@ -70,7 +73,7 @@ def names():
 
 
 def gone(now, *then):
-    """Names that a class had in one of the older versions and no class has now."""
+    """Names that a class had in an older version and no class has now."""
     had, still = set(), set().union(*now["classes"].values())
     for old in then:
         for name, listed in old["classes"].items():
@@ -82,12 +85,15 @@ def gone(now, *then):
 def write(now, *then):
     """The file, with the versions that were compared in its first line."""
     told = " and ".join(_versions(old) for old in then)
-    head = f"# made by tests/era2024/removed.py from {told}; gone in {_versions(now)}"
+    made = "# made by tests/era2024/removed.py from"
+    head = f"{made} {told}; gone in {_versions(now)}"
     OUT.write_text("\n".join([head, *gone(now, *then)]) + "\n", "utf-8")
 
 
 def _versions(listed):
-    return ", ".join(f"{name} {version}" for name, version in listed["versions"].items())
+    return ", ".join(
+        f"{name} {version}" for name, version in listed["versions"].items()
+    )
 
 
 def main():

@@ -22,11 +22,12 @@ from typing import overload
 
 from helpers._report import Shown, counted, shorten, table
 from helpers.course import doctor
-from helpers.course.check import _calls, _objects, _patterns, _shell, _source
+from helpers.course.check import _calls, _packages, _patterns, _program, _shell, _source
+from helpers.course.check._lines import names
 
 ON_PURPOSE = "# on purpose"  # at the end of a line that shows a mistake
 
-__all__ = ["KINDS", "Finding", "Findings", "cell", "folder", "notebook"]
+__all__ = ["KINDS", "Change", "Findings", "cell", "folder", "notebook"]
 
 KINDS = {
     "fails": "raises an error",
@@ -37,7 +38,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Finding(Shown):
+class Change(Shown):
     """What today's libraries do with one piece of code.
 
     Attributes:
@@ -68,7 +69,7 @@ class Finding(Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class Findings(Shown, Sequence[Finding]):
+class Findings(Shown, Sequence[Change]):
     """What was found in one file, in the order of its lines: a sequence that shows itself.
 
     Attributes:
@@ -78,14 +79,14 @@ class Findings(Shown, Sequence[Finding]):
     """
 
     name: str
-    found: tuple[Finding, ...]
+    found: tuple[Change, ...]
     notes: tuple[str, ...] = ()
 
     @overload
-    def __getitem__(self, index: int) -> Finding: ...
+    def __getitem__(self, index: int) -> Change: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[Finding, ...]: ...
-    def __getitem__(self, index: int | slice) -> Finding | tuple[Finding, ...]:
+    def __getitem__(self, index: slice) -> tuple[Change, ...]: ...
+    def __getitem__(self, index: int | slice) -> Change | tuple[Change, ...]:
         return self.found[index]
 
     def __len__(self) -> int:
@@ -122,13 +123,24 @@ class Findings(Shown, Sequence[Finding]):
         return table(self.rows(), head, caption=self.summary()) + notes
 
 
-def notebook(path: str | Path) -> Findings:
+# Defaults that are other ones than they were. Code of today means them so: they are told only
+# where the code is old.
+OF_OLD_CODE = names(
+    "adapter_bfloat16 add_eos_token bin_files default_dtype packing_changed report_to_none "
+    "sft_defaults strings"
+)
+
+
+def notebook(path: str | Path, *, old: bool | None = None) -> Findings:
     """Hold a notebook, or a script, against the installed versions.
 
     Args:
         path: an .ipynb file of format 3 or 4, or a Python file. Its code is read as text
             and never run, nor is anything beside it imported. Cells with the tag
             `raises-exception` and lines that end in `# on purpose` are left alone.
+        old: whether it was written for the libraries of before transformers 5 and trl 1. What
+            only has another default today is told then. None: where something else in it shows
+            its age, or a line installs a version of that time.
 
     Returns:
         `Findings`, empty where nothing is known to have changed.
@@ -144,10 +156,10 @@ def notebook(path: str | Path) -> Findings:
         >>> notebook(script)[0].kind
         'fails'
     """
-    return _examined(_source.read(path))
+    return _examined(_source.read(path), old, alone=True)
 
 
-def cell(text: str) -> Findings:
+def cell(text: str, *, old: bool | None = None) -> Findings:
     """The same for pasted code: a cell, lines behind `>>>`, or a page's fenced block.
 
     Example:
@@ -155,10 +167,10 @@ def cell(text: str) -> Findings:
         >>> found[0].kind, found[0].word, found[0].chapter
         ('fails', 'max_seq_length', 'Chapter4')
     """
-    return _examined(_source.pasted(text))
+    return _examined(_source.pasted(text), old, alone=False)
 
 
-def folder(path: str | Path) -> list[Findings]:
+def folder(path: str | Path, *, old: bool | None = None) -> list[Findings]:
     """The same for each notebook and script in a folder and those below it.
 
     Raises:
@@ -175,38 +187,55 @@ def folder(path: str | Path) -> list[Findings]:
     ]  # checkpoints and environments are not theirs to mend
     if not files:
         raise ValueError(f"{path} holds no notebook (.ipynb) and no script (.py)")
-    return [notebook(one) for one in files]
+    return [notebook(one, old=old) for one in files]
 
 
-def _examined(source: _source.Source) -> Findings:
-    program = _objects.Program(source.tree)
+def _examined(source: _source.Source, old: bool | None, alone: bool) -> Findings:
+    """What is found; alone: whether nothing but the source itself can bind its names."""
+    program = _program.Program(source.tree)
     found = [_explained(source, problem) for problem in _calls.problems(program)]
+    for name in program.unbound() if alone and not source.unread else ():
+        said = f"NameError: name '{name.id}' is not defined"
+        found.append(_explained(source, _calls.Problem(name, "fails", said, word=name.id)))
+    for place, name, line in source.no_magics:
+        said = f"UsageError: Line magic function `%{name}` not found."
+        found.append(_found(place, line, "fails", "magic_unknown", name, what=said))
     notes = [f"{place}: {why}" for place, why in source.unread]
-    brought = {name for line in source.shell for name in _shell.installed(line.text)}
+    brought = {name for line in source.shell for name in _packages.installed(line.text)}
     found += [
         _found(*source.at(hit.node), hit.kind, hit.symptom, hit.word)
         for hit in _patterns.hits(program)
-        if _shell.canonical(hit.needs) not in brought
+        if _packages.canonical(hit.needs) not in brought
     ]
     for place, text in source.written:
         found += [_found(place, text, *hit) for hit in _shell.in_text(text)]
     session = _shell.Session()
     for line in source.shell:
         found += [_found(line.place, line.text, *hit) for hit in session.hits(line.text)]
-        notes += [f"{line.place}: {note}" for note in _shell.notes(line.text)]
+        notes += [f"{line.place}: {note}" for note in _packages.notes(line.text)]
     kept = [f for f in found if not (_is_brought(f, brought) or f.code.endswith(ON_PURPOSE))]
+    if old is None:
+        old = bool(notes) or any(_shows_age(f) for f in kept)
+    kept = [f for f in kept if old or f.symptom not in OF_OLD_CODE]
     unique = {(f.cell, f.line, f.kind, f.word or f.code, f.symptom): f for f in kept}
     ordered = sorted(unique.values(), key=lambda f: (f.cell or 0, f.line))
     return Findings(source.name, tuple(ordered), tuple(notes))
 
 
-def _is_brought(finding: Finding, brought: set[str]) -> bool:
+def _shows_age(finding: Change) -> bool:
+    """Whether a finding is of what was right once: no slip, no file that is missing here."""
+    missing = finding.what.startswith(("ModuleNotFoundError", "NameError", "UsageError"))
+    known = finding.symptom != doctor.UNKNOWN.name and finding.symptom not in OF_OLD_CODE
+    return known and not missing
+
+
+def _is_brought(finding: Change, brought: set[str]) -> bool:
     """Whether the notebook itself installs the package whose import would fail."""
     lost = re.match(r"ModuleNotFoundError: No module named '(\w+)'$", finding.what)
-    return lost is not None and _shell.canonical(lost[1]) in brought
+    return lost is not None and _packages.canonical(lost[1]) in brought
 
 
-def _explained(source: _source.Source, problem: _calls.Problem) -> Finding:
+def _explained(source: _source.Source, problem: _calls.Problem) -> Change:
     symptom = doctor.explain(problem.error)
     other = {"what": problem.error}
     if symptom is doctor.UNKNOWN:
@@ -217,13 +246,13 @@ def _explained(source: _source.Source, problem: _calls.Problem) -> Finding:
 
 def _found(
     place: _source.Place, text: str, kind: str, name: str, word: str, **other: str
-) -> Finding:
+) -> Change:
     """A finding that an entry of the catalog tells; `other` replaces what it says."""
     symptom = doctor.SYMPTOMS.get(name, doctor.UNKNOWN)
     told = {"what": symptom.cause, "today": symptom.cure} | other
     chapter = symptom.proof[0] if symptom.proof else ""
     text = shorten(text.strip())
-    return Finding(
+    return Change(
         place.cell, place.line, text, kind, chapter=chapter, symptom=name, word=word, **told
     )
 

@@ -10,28 +10,18 @@ import ast
 import functools
 import inspect
 import re
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from helpers.course.check import _objects as objects
-from helpers.course.check._objects import Derived, Instance, Method, Program
+from helpers.course.check import _signatures as signatures
+from helpers.course.check._examples import Instance
+from helpers.course.check._program import Program
+from helpers.course.check._values import Derived, Method, known, source_of
 
 _GIVEN = object()
-# Taken without a word in the documentation, with one in the log.
-_LOGGED = ("torch_dtype",)
-# Ways to generate that have left the library for repositories of the Hub.
-_ELSEWHERE = ("penalty_alpha", "constraints", "force_words_ids", "dola_layers")
-_GONE_FROM_LOADING = ("use_auth_token", "task", "ignore_verifications", "script_version")
-# Their instances have attributes that no Python source tells.
-_WITHOUT_SOURCE = ("torch", "numpy", "pandas")
-# Arguments that any model of `generate` may hand to its forward pass.
-_TENSORS = re.compile(
-    r"\w+_(ids|mask|values|embeds|outputs|features|grid_thw|sizes)|labels|pixel\w*"
-)
 
 
 @dataclass(frozen=True)
@@ -64,12 +54,12 @@ def _looked_up(program: Program, node: ast.Attribute) -> Iterator[Problem]:
     import torch
 
     owner, name = program.value(node.value), node.attr
-    if not objects.known(owner) or program.guarded(node):
+    if not known(owner) or program.guarded(node):
         return
     if isinstance(owner, Instance):
         parent = program.above[node][0]
         is_called = isinstance(parent, ast.Call) and parent.func is node
-        if owner.kind.__module__.startswith(_WITHOUT_SOURCE) or owner.has(name):
+        if owner.kind.__module__.startswith(signatures.WITHOUT_SOURCE) or owner.has(name):
             return
         if _asked_for(program, node):
             return
@@ -117,7 +107,7 @@ def _submodule(program: Program, owner: Any, name: str) -> bool:
 def gone() -> frozenset[str]:
     """Methods that models had in 2024 and have no more (removed.txt, made by a script)."""
     text = (Path(__file__).parent / "removed.txt").read_text("utf-8")
-    return frozenset(line for line in text.split() if line.isidentifier())
+    return frozenset(line for line in text.splitlines() if line.isidentifier())
 
 
 # ── calls ────────────────────────────────────────────────────────────────────────────────
@@ -127,7 +117,7 @@ def _called(program: Program, node: ast.Call) -> Iterator[Problem]:
         own = {part.name for part in target.node.body if isinstance(part, ast.FunctionDef)}
         made = "__init__" in own or target.node.decorator_list  # a dataclass makes its own
         target = None if made else target.base
-    if not objects.known(target):
+    if not known(target):
         return
     words, complete = words_of(program, node)
     yield from against(target, node, words, complete)
@@ -187,17 +177,19 @@ def against(
         return
     parameters = list(signature.parameters.values())[skip_first:]
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    takes = {p.name for p in named if p.kind is not p.POSITIONAL_ONLY} | tolerated(function)
+    takes = {p.name for p in named if p.kind is not p.POSITIONAL_ONLY} | signatures.tolerated(
+        function
+    )
     rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
     unknown = []
     for word, place in words.items():
         if word in takes:
             yield from _old(function, spelled, word, place)
             yield from _value(spelled, word, place)
-        elif not _passed_on(target, rest, word):
+        elif not signatures.passed_on(target, rest, word):
             unknown.append(word)
             yield _unexpected(spelled, word, place, takes)
-        elif word in _LOGGED:
+        elif word in signatures.LOGGED and spelled.startswith("Auto") and not _is_auto(place):
             yield Problem(
                 place, "warns", f"`{word}` is deprecated! Use `dtype` instead!", spelled, word
             )
@@ -215,8 +207,14 @@ def against(
         else:
             said = f"{spelled}() takes {said.removeprefix('too many ')}"
         yield Problem(node, "fails", f"TypeError: {said}", spelled)
-    if message := _is_old(function):
+    if message := signatures.is_old(function):
         yield Problem(node.func, "warns", message, spelled, spelled.split(".")[-1])
+
+
+def _is_auto(place: ast.AST) -> bool:
+    """Whether a keyword's value is the word "auto", which nothing is said about."""
+    given = place.value if isinstance(place, ast.keyword) else None
+    return isinstance(given, ast.Constant) and given.value == "auto"
 
 
 def _function(target: Any) -> tuple[Any, str, int]:
@@ -256,7 +254,7 @@ def _constructor(kind: type) -> type:
 
 def _unexpected(spelled: str, word: str, place: ast.AST, takes: set[str]) -> Problem:
     name = spelled.split(".")[-1]
-    if word in _ELSEWHERE:
+    if word in signatures.ELSEWHERE:
         said = f"ValueError: `{word}` requires `trust_remote_code=True` in your `generate` call"
     elif name == "generate":
         said = f"ValueError: The following `model_kwargs` are not used by the model: ['{word}']"
@@ -269,111 +267,10 @@ def _unexpected(spelled: str, word: str, place: ast.AST, takes: set[str]) -> Pro
     return Problem(place, "fails", said, spelled, word, tuple(takes))
 
 
-# ── what a `**kwargs` takes ──────────────────────────────────────────────────────────────
-def _passed_on(target: Any, rest: inspect.Parameter | None, word: str) -> bool:
-    """Whether a keyword that no parameter names is taken all the same."""
-    import transformers
-
-    if inspect.isclass(target) and issubclass(target, transformers.PreTrainedConfig):
-        return True  # becomes an attribute
-    if rest is None:
-        return False
-
-    from_pretrained = getattr(transformers.PreTrainedModel.from_pretrained, "__func__", None)
-    owner = target.owner if isinstance(target, Method) else target
-    kind = owner.kind if isinstance(owner, Instance) else owner
-    name = target.name if isinstance(target, Method) else ""
-    is_model = inspect.isclass(kind) and (
-        issubclass(kind, transformers.PreTrainedModel)
-        or kind.__name__.startswith(("AutoModel", "TFAutoModel", "FlaxAutoModel"))
-    )
-    if name == "from_pretrained" and is_model:
-        return word in named(from_pretrained) | config_words() | set(_LOGGED)
-    if name == "generate":
-        given = vars(transformers.GenerationConfig())
-        return (word in given and word not in _ELSEWHERE) or bool(_TENSORS.fullmatch(word))
-    if getattr(target, "__name__", "") == "load_dataset":
-        return word not in _GONE_FROM_LOADING
-    if unpacked(rest.annotation) and inspect.isclass(target):
-        return word in unpacked(rest.annotation) | inherited(target)
-    return True
-
-
-def unpacked(annotation: Any) -> set[str]:
-    """The keywords of `**kwargs: Unpack[SomeTypedDict]`."""
-    found: set[str] = set()
-    for part in typing.get_args(annotation):
-        found |= getattr(part, "__required_keys__", set())
-        found |= getattr(part, "__optional_keys__", set())
-    return found
-
-
-def inherited(target: type) -> set[str]:
-    """The keywords that a class hands on to the class it is derived from."""
-    starts = [base.__init__ for base in target.__mro__[1:-1] if "__init__" in vars(base)]
-    return {word for start in starts for word in inspect.signature(start).parameters}
-
-
-@functools.cache
-def named(*functions: Any) -> frozenset[str]:
-    """The keywords of functions: those of their signatures and those they pop."""
-    taken = r"""kwargs(?:\.pop|\.get)\(\s*["'](\w+)["']"""
-    found: set[str] = set()
-    for function in functions:
-        source = objects.source_of(function)
-        found |= set(re.findall(taken, source)) | set(inspect.signature(function).parameters)
-        for listed in re.findall(r"for name in \[([^\]]*)\]", source):  # ... and pops each
-            found |= set(re.findall(r"\w+", listed))
-    return frozenset(found)
-
-
-@functools.cache
-def config_words() -> frozenset[str]:
-    """What any model's config is called by: `from_pretrained` hands such words on to it."""
-    import transformers
-
-    found = set(vars(transformers.PreTrainedConfig()))
-    found |= {"config", "state_dict", "generation_config"}
-    for path in Path(transformers.__file__).parent.glob("models/*/configuration_*.py"):
-        found |= set(re.findall(r"(?m)^ {4,8}(\w+)\s*(?::[^=\n]+)?=", path.read_text("utf-8")))
-        found |= set(re.findall(r"\bself\.(\w+)\s*=", path.read_text("utf-8")))
-    return frozenset(found)
-
-
-@functools.cache
-def tolerated(function: Any) -> set[str]:
-    """Old names that a decorator still takes (transformers' `deprecate_kwarg`)."""
-    found = set()
-    start = vars(function).get("__init__") if isinstance(function, type) else function
-    while start is not None:
-        code, cells = getattr(start, "__code__", None), getattr(start, "__closure__", None) or ()
-        if code and "old_name" in code.co_freevars:
-            found.add(cells[code.co_freevars.index("old_name")].cell_contents)
-        start = getattr(start, "__wrapped__", None)
-    return found
-
-
 # ── what is still taken, and old ─────────────────────────────────────────────────────────
 def _old(function: Any, spelled: str, word: str, place: ast.AST) -> Iterator[Problem]:
-    if word in tolerated(function) or documented_as_old(function, word):
+    if word in signatures.tolerated(function) or signatures.documented_as_old(function, word):
         yield Problem(place, "warns", f"`{word}` is deprecated in {spelled}()", spelled, word)
-
-
-def _is_old(function: Any) -> str:
-    if told := getattr(function, "__deprecated__", None):
-        return f"FutureWarning: {told}"
-    if documented_as_old(function):
-        return f"{getattr(function, '__qualname__', function)} is deprecated"
-    return ""
-
-
-@functools.cache
-def documented_as_old(target: Any, word: str | None = None) -> bool:
-    """Whether the documentation calls a function, or one of its arguments, deprecated."""
-    classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
-    entry = r"\A\s*" if word is None else rf"^\s*{word} \(.*\n\s+"
-    documents = [getattr(part, "__doc__", None) or "" for part in classes]
-    return any(re.search(entry + "Deprecated", text, re.MULTILINE) for text in documents)
 
 
 # ── values that are no longer among the choices ──────────────────────────────────────────
@@ -439,7 +336,7 @@ def _uses(kind: type, method: str) -> tuple[tuple[int, tuple[str, ...]], ...]:
     for base in kind.__mro__[:-1]:
         if base.__module__.split(".")[0] not in ("transformers", "trl"):
             continue
-        for node in ast.walk(ast.parse(objects.source_of(base) or "")):
+        for node in ast.walk(ast.parse(source_of(base) or "")):
             match node:
                 case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
                     words = tuple(k.arg for k in node.keywords if k.arg)

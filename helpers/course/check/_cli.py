@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which kinds count, with commas between (default: %(default)s)",
     )
     parser.add_argument(
+        "--old", action="store_true", help="it is old code: tell other defaults in any case"
+    )
+    parser.add_argument(
         "--fix", metavar="COPY", help="write a copy of the one file with the renames made"
     )
 
@@ -37,7 +40,8 @@ def main(options: argparse.Namespace) -> int:
         reports = []
         for name in options.files:
             is_folder = Path(name).is_dir()
-            reports += check.folder(name) if is_folder else [check.notebook(name)]
+            old = options.old or None
+            reports += check.folder(name, old=old) if is_folder else [check.notebook(name, old=old)]
         made = _fix.write(options.files[0], options.fix) if options.fix else 0
     except (ValueError, OSError) as error:
         print(f"check: {error}", file=sys.stderr)

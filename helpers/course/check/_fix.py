@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from helpers import _files
-from helpers.course.check import _calls, _objects, _source
+from helpers.course.check import _calls, _program, _source
 
 Edit = tuple[int, int, int, int, str]  # from line and column, to line and column, new text
 
@@ -83,7 +83,7 @@ def _notebook(path: Path, source: _source.Source, lines: list[str]) -> str:
 
 def _edits(source: _source.Source) -> set[Edit]:
     found = set()
-    program = _objects.Program(source.tree)
+    program = _program.Program(source.tree)
     for problem in _calls.problems(program):
         new = _new_word(problem)
         if new is None:
@@ -108,12 +108,12 @@ def _edits(source: _source.Source) -> set[Edit]:
     return found
 
 
-def _words(program: _objects.Program, node: ast.keyword) -> set[str | None]:
+def _words(program: _program.Program, node: ast.keyword) -> set[str | None]:
     """The keywords beside one."""
     return {keyword.arg for keyword in getattr(program.above[node][0], "keywords", [])}
 
 
-def _without(source: _source.Source, program: _objects.Program, node: ast.keyword) -> Edit:
+def _without(source: _source.Source, program: _program.Program, node: ast.keyword) -> Edit:
     """Take an argument out, with the comma behind it, or before it where it is the last."""
     line, column = node.end_lineno or 0, node.end_col_offset or 0
     behind = _bytes(source.lines[line - 1], column)

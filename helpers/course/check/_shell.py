@@ -1,4 +1,4 @@
-"""What a notebook hands to the shell: which commands fail today, and what it installs.
+"""What a notebook hands to the shell: which commands fail today.
 
 Only what can be held against a source that is at hand or was read is called a fault: the
 installed packages' own parsers and files, and llama.cpp's, Ollama's and pip's as they are now.
@@ -13,69 +13,14 @@ import importlib
 import importlib.util
 import posixpath
 import re
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from helpers.course.check import _llamacpp as llamacpp
+from helpers.course.check import _packages
+from helpers.course.check._lines import Command, commands
 
 Hit = tuple[str, str, str]  # kind, symptom, word
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-# ── llama.cpp, as it is now (tests hold these tables against its source) ─────────────────
-# Programs of its first two years and what they are called now; '' where they have gone.
-PROGRAMS = {"main": "llama-cli", "llava-cli": "llama-mtmd-cli", "infill": ""}
-PROGRAMS |= {"train-text-from-scratch": ""}
-PROGRAMS |= {
-    old: f"llama-{old}"
-    for old in _names(
-        "server quantize perplexity imatrix embedding export-lora finetune gguf-split "
-        "batched batched-bench speculative simple tokenize"
-    )
-}
-# Options that none of them takes any more, and those that one has and another has not.
-OPTIONS = _names(
-    "-eps --rms-norm-eps -gqa --gqa -ins --instruct -cml --chatml --mlock --no-mmap "
-    "--memory-f32 -nommq --no-mul-mat-q --mul-mat-q --lora-base --no-penalize-nl "
-    "--penalize-nl --mtest --low-vram --tfs"
-)
-OPTIONS_OF_OTHERS = {
-    "llama-cli": _names(
-        "-i --interactive -if --interactive-first -cnv -no-cnv --conversation "
-        "--no-conversation --in-prefix --in-suffix --prompt-cache"
-    )
-}
-NEEDS_VALUE = ("-fa", "--flash-attn", "--color")  # were switches; take on, off or auto now
-# Options of CMake: the build stops, warns, or does not look at them at all.
-BUILD_OPTIONS = {
-    "fails": _names("LLAMA_CUBLAS"),
-    "warns": _names("LLAMA_CUDA LLAMA_METAL LLAMA_NATIVE LLAMA_RPC LLAMA_SYCL LLAMA_CURL"),
-    "silent": _names("LLAMA_BLAS LLAMA_OPENBLAS LLAMA_HIPBLAS LLAMA_CLBLAST LLAMA_VULKAN"),
-}
-SCRIPT = re.compile(r"convert-(?!.*encoder)[\w-]*\.py|convert_lora_to_ggml\.py")
-SCRIPT_REQUIREMENTS = re.compile(r"requirements-(convert-[\w-]*|hf-to-gguf)\.txt")
-SCRIPT_OPTIONS = _names(
-    "--vocab-type --vocabtype --vocab-dir --ctx --pad-vocab --padvocab --concurrency "
-    "--skip-unknown --awq-path --dump --big-endian"
-)
-OUTTYPES = _names("f32 f16 bf16 q8_0 tq1_0 tq2_0 auto")
-TOOLS = _names(
-    "main server quantize perplexity imatrix export-lora gguf-split llava llama-bench "
-    "batched-bench tokenize rpc cvector-generator tts"
-)
-# Options of `autotrain llm` in its first year that its last release (0.8.36) does not take.
-AUTOTRAIN_OPTIONS = _names(
-    "--use_peft --use_int4 --use_int8 --fp16 --use_fp16 --learning_rate --num_train_epochs "
-    "--train_batch_size --evaluation_strategy --repo_id --gradient_accumulation_steps "
-    "--use_flash_attention_2"
-)
-
 _LLAMACPP = re.compile(r"(?:^|[/\\])llama\.cpp(?:[-_](?:master|main))?(?=[/\\]|$)")
 _A_MODEL = re.compile(r"\.gguf\b|ggml|[.-]q\d_\w+\b", re.I)
 
@@ -90,122 +35,6 @@ ADDRESSES = {
 }
 _ADDRESSES = {name: re.compile(pattern, re.I) for name, pattern in ADDRESSES.items()}
 _MODELFILE = re.compile(r"(?:^|[\n\"'`]|\\n)[ \t]*ADAPTER[ \t]+[\w./\\$~{<\"'-]")
-
-# ── packages ─────────────────────────────────────────────────────────────────────────────
-# What is imported, or what a repository is called = what pip installs.
-_DISTRIBUTIONS = dict(
-    pair.split("=")
-    for pair in _names(
-        "sklearn=scikit-learn skimage=scikit-image pil=pillow yaml=pyyaml cv2=opencv-python "
-        "opencv-python-headless=opencv-python opencv-contrib-python=opencv-python "
-        "dotenv=python-dotenv bs4=beautifulsoup4 docx=python-docx pptx=python-pptx "
-        "fitz=pymupdf dateutil=python-dateutil slugify=python-slugify git=gitpython "
-        "levenshtein=python-levenshtein jwt=pyjwt umap=umap-learn pynvml=nvidia-ml-py "
-        "faiss=faiss-cpu faiss-gpu=faiss-cpu llama-cpp=llama-cpp-python awq=autoawq "
-        "autogptq=auto-gptq flash-attention=flash-attn autotrain=autotrain-advanced "
-        "lm-evaluation-harness=lm-eval pkg-resources=setuptools"
-    )
-)
-# A pin of these replaces what is installed here.
-PINNED = _names("trl transformers peft bitsandbytes datasets accelerate")
-# Options of the installers that are followed by a value.
-_VALUED = _names(
-    "--channel --find-links --index-url --extra-index-url --target --name --prefix --root "
-    "--requirement --constraint --index --default-index --python --torch-backend --platform "
-    "--python-version --trusted-host --upgrade-strategy --src --progress-bar"
-)
-
-
-# ── reading a line ───────────────────────────────────────────────────────────────────────
-@dataclass
-class Command:
-    """One simple command: its words, and the variables that are set for it."""
-
-    words: list[str]
-    variables: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The program without its folder: 'pip' of '/usr/bin/pip3'."""
-        last = re.split(r"[/\\]", self.words[0])[-1].removesuffix(".exe")
-        return re.sub(r"^(pip|python)[\d.]*$|^(?:\{?sys\.executable\}?|py)$", _plain_name, last)
-
-    @property
-    def module(self) -> str:
-        """The module of `python -m module`; '' otherwise."""
-        return self._after_python()[0]
-
-    @property
-    def script(self) -> str:
-        """The script that runs, by its own name or as Python's argument; '' otherwise."""
-        if self.words[0].endswith(".py"):
-            return self.words[0]
-        return self._after_python()[1]
-
-    @property
-    def arguments(self) -> list[str]:
-        """The words behind the program, the module or the script."""
-        return self.words[self._after_python()[2] :]
-
-    def _after_python(self) -> tuple[str, str, int]:
-        if self.name != "python":
-            return "", "", 1
-        number = 1
-        while number < len(self.words) and self.words[number].startswith("-"):
-            if self.words[number] == "-m":
-                return "".join(self.words[number + 1 : number + 2]), "", number + 2
-            number += 2 if self.words[number] in ("-W", "-X") else 1
-        return "", "".join(self.words[number : number + 1]), number + 1
-
-
-def _plain_name(match: re.Match[str]) -> str:
-    return match[1] or "python"
-
-
-def commands(text: str) -> Iterator[Command]:
-    """The simple commands of a line; quotes that do not fit together count as blanks."""
-    words: list[str] = []
-    for word in [*_words(text), ";"]:
-        if word.strip(";|&") or not word:
-            words.append(word)
-            continue
-        if found := _command(words):
-            yield found
-            if found.name in ("sh", "bash") and found.words[1:2] in (["-c"], ["-lc"]):
-                yield from commands(" ".join(found.words[2:3]))
-        words = []
-
-
-def _words(text: str) -> list[str]:
-    for attempt in (text, re.sub(r"[\"'`\\]", " ", text)):
-        try:
-            lexer = shlex.shlex(attempt, posix=True, punctuation_chars=";|&")
-            lexer.whitespace_split, lexer.commenters = True, ""
-            return list(lexer)
-        except ValueError:
-            continue
-    return text.split()
-
-
-def _command(words: list[str]) -> Command | None:
-    comment = next((i for i, word in enumerate(words) if word.startswith("#")), len(words))
-    words, variables = list(words[:comment]), {}
-    while words:
-        word = words[0].lstrip("({")
-        setting = re.match(r"([A-Za-z_]\w*)=(.*)", word, re.S)
-        if setting:
-            variables[setting[1]] = setting[2]
-        elif word in ("poetry", "uv", "conda") and words[1:2] == ["run"]:
-            words = words[1:]
-            while words[1:] and words[1].startswith("-"):
-                words = words[2:] if words[1] in ("-n", "--name", "--with", "-p") else words[1:]
-        elif word and word not in _WRAPPERS:
-            return Command([word, *words[1:]], variables)
-        words = words[1:]
-    return Command([""], variables) if variables else None
-
-
-_WRAPPERS = _names("sudo time nohup exec command env export set do then else if while ! $")
 
 
 # ── what fails ───────────────────────────────────────────────────────────────────────────
@@ -268,9 +97,9 @@ class Session:
         yield from self._program_hits(command)
         for word in command.words:
             example = re.search(r"llama\.cpp/examples/([\w-]+)(?=/|$)", word)
-            if example and example[1] in TOOLS and not _moved_any(word):
+            if example and example[1] in llamacpp.TOOLS and not _moved_any(word):
                 yield "moved", "llamacpp_tools", f"examples/{example[1]}"
-            if wanted := SCRIPT_REQUIREMENTS.search(word):
+            if wanted := llamacpp.SCRIPT_REQUIREMENTS.search(word):
                 yield "fails", "llamacpp_script", wanted[0]
         if command.name in ("cp", "mv", "ln") and "build/bin" in " ".join(command.words):
             self.copied = True
@@ -287,7 +116,7 @@ class Session:
         elif name == "cmake":
             self.configured |= "." in words and self._inside("")
             yield from _option_hits(" ".join(words))
-        packages = {need.name: need for need in _needs(command)}
+        packages = {need.name: need for need in _packages.needs(command)}
         need, line = packages.get("flash-attn"), " ".join(words)
         pip = "pip" in (name, command.module, *words[:1])  # conda builds nothing
         if need and not need.address and pip and "no-build-isolation" not in line:
@@ -307,24 +136,28 @@ class Session:
         name = re.split(r"[/\\]", path)[-1]
         known = _LLAMACPP.search(path) or _LLAMACPP.search(self.folder)
         theirs = known or any(w.startswith(("--outtype", "--outfile", "--vocab")) for w in words)
-        lost = SCRIPT.fullmatch(name) or "gguf-py/scripts/" in path
+        lost = llamacpp.SCRIPT.fullmatch(name) or "gguf-py/scripts/" in path
         if lost or (name == "convert.py" and theirs):
             yield "fails", "llamacpp_script", name
         elif name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
             for number, word in enumerate(words):
                 option, _, value = word.partition("=")
                 value = value or "".join(words[number + 1 : number + 2])
-                if option in SCRIPT_OPTIONS:
+                if option in llamacpp.SCRIPT_OPTIONS:
                     yield "fails", "converter_option", option
-                elif option == "--outtype" and re.match(r"\w+$", value) and value not in OUTTYPES:
+                elif (
+                    option == "--outtype"
+                    and re.match(r"\w+$", value)
+                    and value not in llamacpp.OUTTYPES
+                ):
                     yield "fails", "converter_option", f"--outtype {value}"
 
     def _program_hits(self, command: Command) -> Iterator[Hit]:
         name, words = command.name, command.words[1:]
         path = posixpath.join(self.folder, command.words[0].replace("\\", "/"))
         here = _LLAMACPP.search(path)
-        today = PROGRAMS.get(name, name)
-        if name in PROGRAMS:
+        today = llamacpp.PROGRAMS.get(name, name)
+        if name in llamacpp.PROGRAMS:
             if "/" not in path or not (here or any(map(_A_MODEL.search, words))):
                 return  # somebody else's
             yield "fails", "llamacpp_program", name
@@ -340,8 +173,10 @@ class Session:
             for number, word in enumerate(words):
                 plain = word.replace("_", "-") if word.startswith("--") else word
                 value = "".join(words[number + 1 : number + 2])
-                gone = plain in OPTIONS or plain in OPTIONS_OF_OTHERS.get(today, ())
-                if gone or (plain in NEEDS_VALUE and (not value or value[0] == "-")):
+                gone = plain in llamacpp.OPTIONS or plain in llamacpp.OPTIONS_OF_OTHERS.get(
+                    today, ()
+                )
+                if gone or (plain in llamacpp.NEEDS_VALUE and (not value or value[0] == "-")):
                     yield "fails", "llamacpp_option", word
 
 
@@ -411,7 +246,7 @@ def _moved_any(word: str) -> bool:
 def _option_hits(text: str) -> Iterator[Hit]:
     for name, value in re.findall(r"-D\s*(LLAMA_\w+)(?::\w+)?=(\w+)", text):
         if value.lower() in ("on", "1", "true", "yes", "y"):
-            for kind, names in BUILD_OPTIONS.items():
+            for kind, names in llamacpp.BUILD_OPTIONS.items():
                 if name in names:
                     yield kind, "build_option", name
 
@@ -496,121 +331,16 @@ def _launch_options() -> dict[str, bool]:
 def _autotrain_hits(words: list[str]) -> Iterator[Hit]:
     for word in words if words[:1] == ["llm"] else ():
         flag = word.split("=")[0]
-        if flag.replace("-", "_").replace("__", "--", 1) in AUTOTRAIN_OPTIONS:
+        if flag.replace("-", "_").replace("__", "--", 1) in llamacpp.AUTOTRAIN_OPTIONS:
             yield "fails", "autotrain_option", flag
 
 
 def _is_lost(module: str) -> bool:
     """Whether `python -m module` finds the package here, and in it no such module."""
     package, *inner = module.split(".")
-    if package not in PINNED or not inner or not all(map(str.isidentifier, inner)):
+    if package not in _packages.PINNED or not inner or not all(map(str.isidentifier, inner)):
         return False
     spec = importlib.util.find_spec(package)
     places = [Path(place, *inner) for place in (spec and spec.submodule_search_locations) or []]
     found = [place.with_suffix(".py").is_file() or place.is_dir() for place in places]
     return bool(found) and not any(found)
-
-
-# ── packages ─────────────────────────────────────────────────────────────────────────────
-@dataclass(frozen=True)
-class Need:
-    """A package that a line installs: its name, the versions it allows, where it is from."""
-
-    name: str
-    specifier: str = ""
-    address: str = ""
-
-
-def canonical(name: str) -> str:
-    """The name of a distribution for the name of an import, a repository, or itself."""
-    plain = re.sub(r"[-_.]+", "-", name.strip()).lower()
-    return _DISTRIBUTIONS.get(plain, plain)
-
-
-def installed(text: str) -> set[str]:
-    """The canonical names of the packages that a line installs (pip, uv, conda)."""
-    names = {need.name for command in commands(text) for need in _needs(command)}
-    if any(name.startswith("google-") for name in names):
-        names.add("google")  # several distributions share that import
-    if "unsloth" in names:
-        names.add("unsloth-zoo")
-    return names
-
-
-def notes(text: str) -> list[str]:
-    """Worth knowing and no fault: what would replace the installed versions."""
-    told, pins = [], []
-    for command in commands(text):
-        for need in _needs(command):
-            here = _version(need.name) if need.name in PINNED else ""
-            if here and need.specifier and not _allows(need.specifier, here):
-                pins.append(f"{need.name}{need.specifier} (here {here})")
-            elif here and "github.com" in need.address:
-                pins.append(f"{need.name} from its repository (here {here})")
-            elif need.name in ("unsloth", "autotrain-advanced"):
-                told.append(
-                    f"{need.name} brings its own versions of transformers and trl: give it an "
-                    "environment of its own"
-                )
-        if any(re.search(r"text-generation-(launcher|inference)\b", w) for w in command.words):
-            told.append(
-                "text-generation-inference still runs, and has been archived since March 2026: "
-                "its authors recommend vLLM, SGLang or llama.cpp"
-            )
-    if pins:
-        told.insert(
-            0,
-            f"{', '.join(pins)} would replace what is installed: in an environment of its own "
-            "the code may run as it was, here drop the pin",
-        )
-    return list(dict.fromkeys(told))
-
-
-def _allows(specifier: str, version: str) -> bool:
-    try:
-        return SpecifierSet(specifier).contains(version, prereleases=True)
-    except InvalidSpecifier:
-        return True
-
-
-@functools.cache
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _needs(command: Command) -> Iterator[Need]:
-    """What `pip install`, `uv add`, `conda install` and their like are asked for."""
-    words, name = command.arguments, command.module or command.name
-    if name == "uv" and words[:1] == ["pip"]:
-        words = words[1:]
-    if name not in ("pip", "uv", "conda", "mamba", "micromamba", "poetry"):
-        return
-    while words and words[0].startswith("-"):
-        words = words[1:]
-    if not words or words[0] not in ("install", "add"):
-        return
-    skip = False
-    for word in words[1:]:
-        if skip or word.startswith("-"):
-            valued = word in _VALUED or re.match(r"-[a-zA-Z]*[rcfitnp]$", word)
-            skip = not skip and bool(valued) and "=" not in word
-        elif found := _need(word):
-            yield found
-
-
-def _need(word: str) -> Need | None:
-    word = word.split("::")[-1].split(";")[0].strip()
-    at = re.match(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*@\s*(\S+)", word)
-    if at and not word.startswith(("git+", "http")):
-        return Need(canonical(at[1]), address=at[2])
-    if word.startswith(("git+", "http", "./", "../", "/")) or word.endswith((".whl", ".tar.gz")):
-        egg = re.search(r"#(?:.*&)?egg=([\w.-]+)", word)
-        last = re.sub(r"[?#].*|(?<=[\w/])@[\w./-]*$", "", word).rstrip("/").split("/")[-1]
-        name = last.split("-")[0] if last.endswith((".whl", ".tar.gz")) else last
-        name = egg[1] if egg else name.removesuffix(".git")
-        return Need(canonical(name), address=word) if re.match(r"\w[\w.-]*$", name) else None
-    plain = re.match(r"([A-Za-z0-9][\w.-]*)\s*(?:\[[^]]*\])?\s*([=<>!~].*)?$", word)
-    return Need(canonical(plain[1]), (plain[2] or "").strip()) if plain else None

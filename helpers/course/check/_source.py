@@ -13,11 +13,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers.course.check._lines import names
+
 _SHELL = re.compile(r"^(\s*)(?:[\w., ]+=\s*)?!+\s*(.*)$")
-_MAGIC = re.compile(r"^(\s*)(?:[\w., ]+=\s*)?%{1,2}(\w+)\s*(.*)$")
+_MAGIC = re.compile(r"^(\s*)(?:[\w., ]+=\s*)?%{1,2}([\w./]+)\s*(.*)$")
 _HELP = re.compile(r"^(\s*)(?:\?{1,2}[\w.]+|[\w.]+\?{1,2})\s*$")
 _SHELL_MAGICS = ("sh", "bash", "script", "system", "sx", "!")
 _OTHER_LANGUAGES = ("html", "javascript", "js", "latex", "markdown", "svg", "perl", "ruby")
+_MAGICS = names(
+    "alias autoawait autocall automagic autoreload bookmark cat cd clear code_wrap colors "
+    "conda config connect_info cp debug dhist dirs edit env gui history hist killbgscripts "
+    "ldir less load load_ext loadpy logoff logon logstart lf ll ls lx macro magic mamba man "
+    "matplotlib mkdir more mv notebook page pastebin pdb pdef pdoc pfile pinfo pinfo2 pip "
+    "popd pprint precision prun psearch psource pushd pwd pycat pylab qtconsole quickref "
+    "recall rehashx reload_ext rep rerun reset reset_selective rm rmdir run save sc set_env "
+    "store sx system tb tensorboard time timeit unalias unload_ext uv who who_ls whos xdel "
+    "xmode capture writefile file bash sh script"
+)
 _RUN_AS_SHELL = ("pip", "conda", "cd", "system", "sx", "mamba", "uv")
 
 
@@ -48,6 +60,7 @@ class Source:
     tree: ast.Module = field(default_factory=lambda: ast.Module([], []))
     shell: list[ShellLine] = field(default_factory=list)
     written: list[tuple[Place, str]] = field(default_factory=list)  # a Modelfile, a table
+    no_magics: list[tuple[Place, str, str]] = field(default_factory=list)  # name, line
     unread: list[tuple[Place, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)  # of each line of `lines`
@@ -109,7 +122,9 @@ class Source:
                 skip = self._command(raw[number:], number + 1, cell, one=True) - 1
                 python.append(f"{match[1]}{_assigned(line, '!')}")
             elif match := _MAGIC.match(line):
-                if match[2] in _RUN_AS_SHELL:
+                if match[2] not in _MAGICS:
+                    self.no_magics.append((Place(cell, number + 1), match[2], line))
+                if match[2] in _RUN_AS_SHELL or match[2] not in _MAGICS:
                     skip = self._command(raw[number:], number + 1, cell, one=True) - 1
                 timed = match[2] in ("time", "timeit", "prun")
                 rest = re.sub(r"^(-\w+\s*\d*\s+)+", "", match[3])

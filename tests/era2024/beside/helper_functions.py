@@ -1,4 +1,4 @@
-"""What a notebook of 2024 imports from a file beside it: our own code, for the tests only."""
+"""What a notebook of 2024 imports from a file beside it: our own code."""
 
 
 def modify_tokenizer(tokenizer, pad_token="<|pad|>"):
@@ -19,7 +19,9 @@ def modify_model(model, tokenizer):
 def generate(model, tokenizer, sentence, max_new_tokens=4):
     """The prompt with its answer, special tokens and all."""
     chat = [{"role": "user", "content": sentence}]
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens)
     return tokenizer.decode(output[0])
@@ -31,7 +33,8 @@ def find_max_batch_size(trainer, largest=4):
 
     size = 1
     while size < largest:
-        ids = torch.ones(size * 2, 16, dtype=torch.long, device=trainer.model.device)
+        ids = torch.ones(size * 2, 16, dtype=torch.long)
+        ids = ids.to(trainer.model.device)
         try:
             trainer.model(input_ids=ids, labels=ids).loss.backward()
         except RuntimeError:
