@@ -55,6 +55,7 @@ FAILS = [
         "use_flash_attention_2",
     ),
     ("load_dataset('rows', split='train', use_auth_token=1)", "use_auth_token"),
+    ("load_dataset('rows', split='train', task='x')", "task"),
     ("from trl import setup_chat_format", "setup_chat_format"),
     ("from trl import DataCollatorForCompletionOnlyLM", "DataCollatorForCompletionOnlyLM"),
     ("from trl import ORPOTrainer", "ORPOTrainer"),
