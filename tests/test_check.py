@@ -169,6 +169,11 @@ SLIPS = [
 ]
 
 
+def raised():
+    """The symptoms whose errors `test_it_fails_so_when_it_is_run` really meets."""
+    return {f.symptom for source, _ in FAILS for f in check.cell(IMPORTS + source, old=False)}
+
+
 @pytest.mark.parametrize(("source", "word"), FAILS + SLIPS, ids=[s for s, _ in FAILS + SLIPS])
 def test_what_fails_is_named(source, word):
     found = check.cell(IMPORTS + source, old=False)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
+import warnings
 from collections import Counter
 from functools import cache
 from importlib import resources
@@ -109,6 +110,14 @@ def _(world):
     from trl import SFTTrainer
 
     SFTTrainer(world.model(), tokenizer=world.tokenizer)
+
+
+@provokes("checkpointing")
+def _(world):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        world.settings(gradient_checkpointing=False)
+    return f"FutureWarning: {said[0].message}"
 
 
 @provokes("settings_in_trainer")
@@ -762,6 +771,11 @@ def test_readme_counts_what_is_really_raised():
 
 # ── what a machine without a GPU cannot raise ────────────────────────────────────────────
 READ = [
+    (
+        "torchao_optimizer",
+        "ModuleNotFoundError: No module named 'torchao.prototype.low_bit_optim'",
+    ),
+    ("magic_unknown", "UsageError: Line magic function `%curl` not found."),
     ("device_assert", "torch.AcceleratorError: CUDA error: device-side assert triggered"),
     (
         "cuda_memory",

@@ -12,6 +12,9 @@ from helpers.course import notebooks
 ALLOWED = {
     ("Chapter2", "dtype", "dtype=dtype_name"): "the lesson compares what dtypes cost; a "
     "T4 emulates one small forward",
+    ("Chapter2", "dtype", "torch.autocast(here.device, dtype=torch.bfloat16)"): "the lesson is "
+    "what autocast does; one small layer",
+    ("test_doctor", "script", "Path(sys.executable).parent"): "a PATH for the shell",
     ("Chapter3", "dtype", "model.bfloat16()"): "the lesson: what storing in bfloat16 "
     "costs; one small forward",
     ("test_doctor", "dtype", "bf16=True"): "provokes the error; skipped where a card is",

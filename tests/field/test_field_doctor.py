@@ -18,6 +18,7 @@ from pathlib import Path
 
 import house
 import pytest
+import test_check
 import test_doctor
 import torch
 
@@ -1402,7 +1403,7 @@ def test_kept_every_entry_is_raised_or_read():
     source = Path(__file__).read_text("utf-8")
     raised = set(re.findall(r'(?:raises|warns|check_pasted)\("(\w+)"', source))
     raised |= {case[0] for case in (*PACKAGES, *HUB, *MESSAGES, *SETTINGS)}
-    raised |= test_doctor.PROVOKED.keys()
+    raised |= test_doctor.PROVOKED.keys() | test_check.raised()
     for symptom in doctor.SYMPTOMS.values():
         read = [name for name, _ in (*READ.items(), *test_doctor.READ)]
         if symptom.origin == "read":

@@ -175,6 +175,13 @@ def folder(path: str | Path, *, old: bool | None = None) -> list[Findings]:
 
     Raises:
         ValueError: it is no folder, or holds neither.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> place = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (place / "old.py").write_text("from trl import setup_chat_format")
+        >>> [found.summary() for found in folder(place)]
+        ['old.py: 1 finding (1 fails)']
     """
     top = Path(path)
     if not top.is_dir():

@@ -37,6 +37,15 @@ def tokens_that_are_not_listed(code: Reading) -> Iterator[Hit]:
 
 
 @pattern
+def dtype_of_a_config(code: Reading) -> Iterator[Hit]:
+    """The config's attribute has the argument's new name, too."""
+    for node in code.nodes:
+        match node:
+            case ast.Attribute(attr="torch_dtype", value=ast.Attribute(attr="config")):
+                yield Hit(node, "warns", "torch_dtype", "torch_dtype")
+
+
+@pattern
 def stored_dtype(code: Reading) -> Iterator[Hit]:
     """A model loaded without a dtype: float32 it was, the checkpoint's own it is."""
     for node, words in code.named("from_pretrained"):

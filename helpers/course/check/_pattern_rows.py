@@ -28,13 +28,13 @@ def formatting_function(code: Reading) -> Iterator[Hit]:
         if "formatting_func" not in words:
             continue
         place, function = words["formatting_func"], code.function(words["formatting_func"])
-        columns = code.columns_of(words.get("train_dataset"))
-        columns = code.columns.keys() if columns is None else columns
+        known = code.columns_of(words.get("train_dataset"))
+        columns = code.columns.keys() if known is None else known
         if isinstance(function, ast.FunctionDef) and _handles_a_batch(function):
             yield Hit(place, "fails", "formatter_batched", "formatting_func")
         elif {"prompt", "completion"} <= columns and not code.trains_all_tokens:
             yield Hit(place, "fails", "formatter_refused", "formatting_func")
-        elif columns >= {"prompt"} and code.columns_of(words.get("train_dataset")) is not None:
+        elif known is not None and "prompt" in known and "completion" not in known:
             yield Hit(place, "fails", "prompt_alone", "formatting_func")
         elif {"prompt", "messages"} & columns:
             yield Hit(place, "silent", "formatter_ignored", "formatting_func")
