@@ -201,13 +201,13 @@ def _examined(source: _source.Source, old: bool | None, alone: bool) -> Findings
     """What is found; alone: whether nothing but the source itself can bind its names."""
     program = _program.Program(source.tree)
     found = [_explained(source, problem) for problem in _calls.problems(program)]
-    for name in program.unbound() if alone and not source.unread else ():
-        said = f"NameError: name '{name.id}' is not defined"
-        found.append(_explained(source, _calls.Problem(name, "fails", said, word=name.id)))
-    for place, name, line in source.no_magics:
-        said = f"UsageError: Line magic function `%{name}` not found."
-        found.append(_found(place, line, "fails", "magic_unknown", name, what=said))
-    notes = [f"{place}: {why}" for place, why in source.unread]
+    for lost in program.unbound() if alone and not source.unread else ():
+        said = f"NameError: name '{lost.id}' is not defined"
+        found.append(_explained(source, _calls.Problem(lost, "fails", said, word=lost.id)))
+    for place, magic, text in source.no_magics:
+        said = f"UsageError: Line magic function `%{magic}` not found."
+        found.append(_found(place, text, "fails", "magic_unknown", magic, what=said))
+    pins = [f"{s.place}: {note}" for s in source.shell for note in _packages.notes(s.text)]
     brought = {name for line in source.shell for name in _packages.installed(line.text)}
     found += [
         _found(*source.at(hit.node), hit.kind, hit.symptom, hit.word)
@@ -219,14 +219,14 @@ def _examined(source: _source.Source, old: bool | None, alone: bool) -> Findings
     session = _shell.Session()
     for line in source.shell:
         found += [_found(line.place, line.text, *hit) for hit in session.hits(line.text)]
-        notes += [f"{line.place}: {note}" for note in _packages.notes(line.text)]
     kept = [f for f in found if not (_is_brought(f, brought) or f.code.endswith(ON_PURPOSE))]
     if old is None:
-        old = bool(notes) or any(_shows_age(f) for f in kept)
+        old = bool(pins) or any(_shows_age(f) for f in kept)
     kept = [f for f in kept if old or f.symptom not in OF_OLD_CODE]
     unique = {(f.cell, f.line, f.kind, f.word or f.code, f.symptom): f for f in kept}
     ordered = sorted(unique.values(), key=lambda f: (f.cell or 0, f.line))
-    return Findings(source.name, tuple(ordered), tuple(notes))
+    unread = [f"{place}: {why}" for place, why in source.unread]
+    return Findings(source.name, tuple(ordered), (*unread, *pins))
 
 
 def _shows_age(finding: Change) -> bool:

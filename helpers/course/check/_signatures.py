@@ -66,7 +66,7 @@ def unpacked(annotation: Any) -> set[str]:
 
 def inherited(target: type) -> set[str]:
     """The keywords that a class hands on to the class it is derived from."""
-    starts = [base.__init__ for base in target.__mro__[1:-1] if "__init__" in vars(base)]
+    starts = [vars(base)["__init__"] for base in target.__mro__[1:-1] if "__init__" in vars(base)]
     return {word for start in starts for word in inspect.signature(start).parameters}
 
 
