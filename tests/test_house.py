@@ -46,7 +46,7 @@ def test_the_library_is_small():
     large = {str(path): count for path, count in lines.items() if count > 350}
     assert not large, f"one idea a file, at most 350 lines: {large}"
     # What it has now. The aim is 8,000: whoever adds lines raises this with open eyes.
-    assert sum(lines.values()) <= 17771
+    assert sum(lines.values()) <= 17777
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOUSE)))

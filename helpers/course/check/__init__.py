@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-from helpers._report import Shown, counted, shorten, table
+from helpers._report import Markup, Shown, counted, escape, shorten, table
 from helpers.course import doctor
 from helpers.course.check import _calls, _packages, _patterns, _program, _shell, _source
 from helpers.course.check._lines import names
@@ -119,8 +119,14 @@ class Findings(Shown, Sequence[Change]):
 
     def _repr_html_(self) -> str:
         head = ("where", "the code", "what happens", "today")
+        words = [
+            Markup(f"<code>{escape(f.word or shorten(f.code, 30))}</code>") for f in self.found
+        ]
+        rows = [
+            (where, word, *told) for word, (where, _, *told) in zip(words, self.rows(), strict=True)
+        ]
         notes = "".join(table([[note]]) for note in self.notes)
-        return table(self.rows(), head, caption=self.summary()) + notes
+        return table(rows, head, caption=self.summary()) + notes
 
 
 # Defaults that are other ones than they were. Code of today means them so: they are told only
